@@ -1,0 +1,46 @@
+//! A job's config -> its plan.
+
+use fsdp_config::{ConfigError, JobConfig, Recompute, glob_match};
+
+use crate::{Architecture, Dtype, Plan, PlanInput, Strategy};
+
+impl Plan {
+    /// The plan of the job `config` on `world_size` ranks.
+    ///
+    /// # Errors
+    /// The global batch cannot be split over so many ranks.
+    pub fn for_job(config: &JobConfig, arch: Architecture, world_size: usize) -> Result<Self, ConfigError> {
+        let input = PlanInput {
+            world_size,
+            strategy: match config.fsdp.strategy {
+                fsdp_config::Strategy::FullShard => Strategy::FullShard,
+            },
+            prefetch: config.fsdp.prefetch as usize,
+            recompute: config.activation_checkpointing.mode == Recompute::Full,
+            accumulation: config.num_microbatches(world_size as u64)? as usize,
+            micro_batch_size: config.training.micro_batch_size as usize,
+            seq_len: config.training.seq_len as usize,
+            compute_dtype: config.precision.param.into(),
+        };
+        Ok(Plan::new(arch, &input, |name| dtypes(config, name)))
+    }
+}
+
+/// (param dtype, reduce dtype) of the parameter `name`: the defaults, changed by every rule that matches, in order.
+fn dtypes(config: &JobConfig, name: &str) -> (Dtype, Dtype) {
+    let mut dtypes = (config.precision.param, config.precision.reduce);
+    for rule in config.precision.overrides.iter().filter(|rule| glob_match(&rule.match_glob, name)) {
+        dtypes = (rule.param.unwrap_or(dtypes.0), rule.reduce.unwrap_or(dtypes.1));
+    }
+    (dtypes.0.into(), dtypes.1.into())
+}
+
+impl From<fsdp_config::Dtype> for Dtype {
+    fn from(dtype: fsdp_config::Dtype) -> Self {
+        match dtype {
+            fsdp_config::Dtype::Fp32 => Dtype::Fp32,
+            fsdp_config::Dtype::Bf16 => Dtype::Bf16,
+            fsdp_config::Dtype::Fp16 => Dtype::Fp16,
+        }
+    }
+}

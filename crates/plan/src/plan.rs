@@ -1,0 +1,119 @@
+//! All of the plan for one job, and its text form.
+
+use std::fmt;
+
+use crate::program::{ProgramInput, Step, forward_only, training};
+use crate::replay::{Batch, Replay, replay};
+use crate::units::units;
+use crate::{Architecture, Dtype, SlotMap, Strategy, Unit, UnitLayout};
+
+/// What a plan is made from, besides the architecture and the dtypes of parameters.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanInput {
+    pub world_size: usize,
+    pub strategy: Strategy,
+    pub prefetch: usize,
+    pub recompute: bool,
+    pub accumulation: usize,
+    pub micro_batch_size: usize,
+    pub seq_len: usize,
+    /// Dtype of activations: the default param dtype.
+    pub compute_dtype: Dtype,
+}
+
+/// Units, layout, slots, programs and their replay.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub arch: Architecture,
+    pub units: Vec<Unit>,
+    pub layouts: Vec<UnitLayout>,
+    pub slots: SlotMap,
+    pub world_size: usize,
+    pub compute_dtype: Dtype,
+    pub training: Vec<Step>,
+    pub forward_only: Vec<Step>,
+    pub replay: Replay,
+}
+
+impl Plan {
+    /// `dtypes` gives (param dtype, reduce dtype) of a parameter by its name.
+    pub fn new(arch: Architecture, input: &PlanInput, dtypes: impl Fn(&str) -> (Dtype, Dtype)) -> Self {
+        let units = units(&arch);
+        let layouts: Vec<_> = units.iter().map(|u| UnitLayout::new(u, input.world_size, &dtypes)).collect();
+        let tied = arch.tie_word_embeddings;
+        let slots = SlotMap::new(&layouts, input.strategy, input.prefetch, tied);
+        let program = ProgramInput {
+            num_units: units.len(),
+            tied,
+            slots: &slots,
+            prefetch: input.prefetch,
+            recompute: input.recompute,
+            accumulation: input.accumulation,
+            has_replicas: input.strategy.has_replicas(),
+        };
+        let (training, forward_only) = (training(&program), forward_only(&program));
+        let mut plan = Plan {
+            arch,
+            units,
+            layouts,
+            slots,
+            world_size: input.world_size,
+            compute_dtype: input.compute_dtype,
+            training,
+            forward_only,
+            replay: Replay::default(),
+        };
+        let batch = Batch { micro_batch_size: input.micro_batch_size, seq_len: input.seq_len };
+        plan.replay = replay(&plan, &plan.training, batch);
+        plan
+    }
+
+    pub fn num_params(&self) -> usize {
+        self.units.iter().map(Unit::num_params).sum()
+    }
+}
+
+/// Bytes for people: three significant digits and a binary unit.
+pub fn format_bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            let digits = if unit == "B" || value >= 100.0 { 0 } else { 1 };
+            return format!("{value:.digits$} {unit}");
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.2} TiB")
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let m = &self.replay.peak;
+        writeln!(f, "parameters        {:>12}  in {} units", self.num_params(), self.units.len())?;
+        writeln!(f, "ranks             {:>12}", self.world_size)?;
+        writeln!(f)?;
+        writeln!(f, "memory of one rank at the peak (step {} of {})", self.replay.peak_step, self.training.len())?;
+        for (name, bytes) in [
+            ("master weights", m.master),
+            ("optimizer state", m.optimizer),
+            ("gradient shards", m.grad_shards),
+            ("slots", m.slots),
+            ("gradient buffers", m.grad_buffers),
+            ("activations", m.activations),
+            ("head", m.head),
+            ("total", m.total_bytes()),
+        ] {
+            writeln!(f, "  {name:<16}{:>12}", format_bytes(bytes))?;
+        }
+        writeln!(f)?;
+        writeln!(f, "one training step of one rank")?;
+        writeln!(f, "  all-gathers     {:>12}", self.replay.num_all_gathers)?;
+        writeln!(f, "  received        {:>12}  in all-gathers", format_bytes(self.replay.all_gather_bytes))?;
+        writeln!(f, "  received        {:>12}  in reduce-scatters", format_bytes(self.replay.reduce_scatter_bytes))?;
+        writeln!(
+            f,
+            "  operations      {:>12.4e}  of which {:.4e} recomputing",
+            self.replay.flops as f64, self.replay.recompute_flops as f64
+        )
+    }
+}

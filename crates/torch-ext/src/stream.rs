@@ -1,0 +1,159 @@
+//! Streams and events of any device type.
+//!
+//! On CPU there is one stream: it can be asked for, made current, queried and synchronized, and is always done.
+//! A stream from the pool, a native handle, and recording an event are errors there, as the device has none.
+
+use std::ffi::c_void;
+
+use tch::Device;
+
+use crate::error::{TorchError, check};
+use crate::ffi::{self, CEvent, CStreamGuard, device_code, device_of};
+
+/// A queue of work on a device. A name, not an owner: copies mean the same queue, and queues are never freed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stream(RawStream);
+
+/// Mirrors `RawStream` in cpp/stream.cpp.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RawStream {
+    id: i64,
+    device_index: i32,
+    device_type: i32,
+}
+
+const NO_STREAM: RawStream = RawStream { id: 0, device_index: -1, device_type: 0 };
+
+impl Stream {
+    /// The stream that operations of this thread on `device` go to.
+    pub fn current(device: Device) -> Result<Self, TorchError> {
+        let (device_type, index) = device_code("Stream::current", device)?;
+        let mut raw = NO_STREAM;
+        // SAFETY: `raw` is a place for one stream.
+        let message = unsafe { ffi::fte_stream_current(device_type, index, &mut raw) };
+        check("Stream::current", message).map(|()| Self(raw))
+    }
+
+    /// A stream of libtorch's pool (32 of each priority on CUDA, handed out in turn).
+    pub fn new_from_pool(device: Device, high_priority: bool) -> Result<Self, TorchError> {
+        let (device_type, index) = device_code("Stream::new_from_pool", device)?;
+        let mut raw = NO_STREAM;
+        // SAFETY: `raw` is a place for one stream.
+        let message = unsafe { ffi::fte_stream_from_pool(device_type, index, high_priority, &mut raw) };
+        check("Stream::new_from_pool", message).map(|()| Self(raw))
+    }
+
+    pub fn device(&self) -> Device {
+        device_of("Stream::device", self.0.device_type, self.0.device_index)
+            .expect("streams are made for known devices")
+    }
+
+    /// Makes this stream, and its device, current for this thread until the guard is dropped. Guards nest: the last
+    /// one made is the first one dropped.
+    pub fn enter(&self) -> Result<StreamGuard, TorchError> {
+        let mut guard = std::ptr::null_mut();
+        // SAFETY: `guard` is a place for one handle.
+        check("Stream::enter", unsafe { ffi::fte_stream_enter(self.0, &mut guard) })?;
+        Ok(StreamGuard { guard })
+    }
+
+    /// Work given to this stream from now on starts after what `event` has recorded; the host does not wait. Nothing
+    /// happens when the event was never recorded.
+    pub fn wait(&self, event: &Event) -> Result<(), TorchError> {
+        // SAFETY: the event is alive while borrowed.
+        check("Stream::wait", unsafe { ffi::fte_event_block(event.event, self.0) })
+    }
+
+    /// Whether all work given so far is done.
+    pub fn query(&self) -> Result<bool, TorchError> {
+        let mut done = false;
+        // SAFETY: `done` is a place for one bool.
+        check("Stream::query", unsafe { ffi::fte_stream_query(self.0, &mut done) })?;
+        Ok(done)
+    }
+
+    /// Blocks the host until all work given so far is done.
+    pub fn synchronize(&self) -> Result<(), TorchError> {
+        // SAFETY: a stream is plain data.
+        check("Stream::synchronize", unsafe { ffi::fte_stream_synchronize(self.0) })
+    }
+
+    /// The device library's own handle, a `cudaStream_t` on CUDA; null there means the default stream.
+    pub fn native_handle(&self) -> Result<*mut c_void, TorchError> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `handle` is a place for one pointer.
+        check("Stream::native_handle", unsafe { ffi::fte_stream_native_handle(self.0, &mut handle) })?;
+        Ok(handle)
+    }
+}
+
+/// Keeps a stream current; see [`Stream::enter`].
+#[derive(Debug)]
+#[must_use = "the stream is current only while the guard lives"]
+pub struct StreamGuard {
+    /// Freed by Drop, on the thread that made it: the pointer keeps the type from being sent.
+    guard: *mut CStreamGuard,
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        // SAFETY: the guard is owned and deleted once, on its own thread.
+        let restored = check("StreamGuard::drop", unsafe { ffi::fte_stream_leave(self.guard) });
+        debug_assert_eq!(restored, Ok(()));
+    }
+}
+
+/// A point in a stream's work, without timing.
+#[derive(Debug)]
+pub struct Event {
+    /// Freed by Drop.
+    event: *mut CEvent,
+}
+
+// SAFETY: c10 events may move between threads; methods that change one take `&mut self`, and it is not Sync.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// An event of `device`'s type, not recorded yet.
+    pub fn new(device: Device) -> Result<Self, TorchError> {
+        let (device_type, _) = device_code("Event::new", device)?;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: `event` is a place for one handle.
+        check("Event::new", unsafe { ffi::fte_event_new(device_type, &mut event) })?;
+        Ok(Self { event })
+    }
+
+    /// Marks the work given to `stream` so far; an earlier mark is forgotten.
+    pub fn record(&mut self, stream: &Stream) -> Result<(), TorchError> {
+        // SAFETY: the event is alive and borrowed for us alone.
+        check("Event::record", unsafe { ffi::fte_event_record(self.event, stream.0) })
+    }
+
+    /// Whether the marked work is done; true when nothing was recorded.
+    pub fn query(&self) -> Result<bool, TorchError> {
+        let mut done = false;
+        // SAFETY: the event is alive while borrowed, `done` is a place for one bool.
+        check("Event::query", unsafe { ffi::fte_event_query(self.event, &mut done) })?;
+        Ok(done)
+    }
+
+    /// Blocks the host until the marked work is done.
+    pub fn synchronize(&self) -> Result<(), TorchError> {
+        // SAFETY: the event is alive while borrowed.
+        check("Event::synchronize", unsafe { ffi::fte_event_synchronize(self.event) })
+    }
+
+    /// The device library's own handle, a `cudaEvent_t` on CUDA; null before the first record.
+    pub fn native_handle(&self) -> *mut c_void {
+        // SAFETY: the event is alive while borrowed.
+        unsafe { ffi::fte_event_native_handle(self.event) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: the event is owned and deleted once.
+        unsafe { ffi::fte_event_delete(self.event) }
+    }
+}

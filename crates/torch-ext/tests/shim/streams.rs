@@ -1,0 +1,90 @@
+use fsdp_torch_ext::{Event, Stream, TorchError, accelerator};
+use tch::{Device, Tensor};
+
+#[test]
+fn the_cpu_has_one_stream_that_is_always_done() {
+    let stream = Stream::current(Device::Cpu).unwrap();
+    assert_eq!(stream.device(), Device::Cpu);
+    {
+        let _guard = stream.enter().unwrap();
+        let _inner = stream.enter().unwrap();
+        assert_eq!(Stream::current(Device::Cpu).unwrap(), stream);
+        assert_eq!((Tensor::from(1f32) + 1.0).double_value(&[]), 2.0);
+    }
+    assert!(stream.query().unwrap());
+    stream.synchronize().unwrap();
+}
+
+#[test]
+fn what_a_device_lacks_is_an_error() {
+    let cpu = Stream::current(Device::Cpu).unwrap();
+    let mut event = Event::new(Device::Cpu).unwrap();
+    assert!(event.query().unwrap(), "nothing recorded, nothing to wait for");
+    assert!(event.native_handle().is_null());
+    cpu.wait(&event).unwrap();
+    event.synchronize().unwrap();
+
+    let absent = Device::Cuda(accelerator::device_count().unwrap());
+    let table: [(&str, Result<(), TorchError>, &str); 7] = [
+        ("record", event.record(&cpu), "event"),
+        ("pool", Stream::new_from_pool(Device::Cpu, false).map(drop), "pool"),
+        ("native handle", cpu.native_handle().map(drop), "native"),
+        ("stream of an absent GPU", Stream::new_from_pool(absent, true).map(drop), ""),
+        ("memory of the CPU", accelerator::memory_stats(Device::Cpu).map(drop), "CPU"),
+        ("memory of an absent GPU", accelerator::memory_stats(absent).map(drop), ""),
+        ("stream of another type", Stream::current(Device::Mps).map(drop), "Mps"),
+    ];
+    for (what, result, part) in table {
+        let error = result.expect_err(what);
+        assert!(error.message.to_lowercase().contains(&part.to_lowercase()), "{what}: {error}");
+        println!("{what}: {error}");
+    }
+}
+
+#[test]
+fn without_an_accelerator_there_are_no_devices() {
+    if accelerator::is_available() {
+        return;
+    }
+    assert_eq!(accelerator::device_count().unwrap(), 0);
+    for error in [
+        accelerator::current().unwrap_err(),
+        accelerator::set_current(Device::Cuda(0)).unwrap_err(),
+        accelerator::reset_peak_memory(Device::Cuda(0)).unwrap_err(),
+    ] {
+        println!("{error}");
+        assert!(error.op.starts_with("accelerator::"));
+    }
+}
+
+/// Runs where CUDA kernels are loaded and a GPU is there.
+#[test]
+fn events_order_the_streams_of_an_accelerator() {
+    if !accelerator::is_available() {
+        return;
+    }
+    let device = accelerator::current().unwrap();
+    let side = Stream::new_from_pool(device, true).unwrap();
+    let main = Stream::current(device).unwrap();
+    assert_ne!(side, main);
+    let x = Tensor::ones([1 << 20], (tch::Kind::Float, device));
+    let mut ready = Event::new(device).unwrap();
+    ready.record(&main).unwrap();
+    side.wait(&ready).unwrap();
+    let y = {
+        let _guard = side.enter().unwrap();
+        assert_eq!(Stream::current(device).unwrap(), side);
+        &x * 3.0
+    };
+    let mut done = Event::new(device).unwrap();
+    done.record(&side).unwrap();
+    assert!(!done.native_handle().is_null());
+    assert!(!side.native_handle().unwrap().is_null());
+    main.wait(&done).unwrap();
+    assert_eq!((&y + 1.0).sum(tch::Kind::Double).double_value(&[]), 4.0 * (1 << 20) as f64);
+    done.synchronize().unwrap();
+    assert!(done.query().unwrap());
+    accelerator::synchronize(device).unwrap();
+    let stats = accelerator::memory_stats(device).unwrap();
+    assert!(stats.peak_allocated_bytes >= 8 << 20 && stats.reserved_bytes >= stats.allocated_bytes, "{stats:?}");
+}

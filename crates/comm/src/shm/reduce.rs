@@ -1,0 +1,119 @@
+//! Reduce-scatter: one mapping a rank, mapped by all. Each rank adds up its own range straight from all mappings.
+
+use std::sync::Arc;
+
+use fsdp_control::progress::Op;
+use tch::{Device, Kind, Tensor};
+
+use super::channel::{Cell, Channel};
+use super::{Data, ShmGroup, check_segments, view};
+use crate::sum::{element_bytes, sum_into};
+use crate::{Call, CommError, Phase, Segment};
+
+/// A rank's own gradients, to be summed over the ranks. It goes through *free*, *writing*
+/// ([`crate::ProcessGroup::begin_reduce`]), *started* and back to free ([`crate::ProcessGroup::wait_reduce_scatter`]).
+#[derive(Debug)]
+pub struct ReduceBuffer {
+    channel: Arc<Channel>,
+    rank: usize,
+    /// By rank.
+    data: Vec<Data>,
+    /// Number of the present use, or of the last one when free.
+    n: u32,
+    state: State,
+}
+
+#[derive(Debug, PartialEq)]
+enum State {
+    Free,
+    Writing,
+    Started(Call, Vec<Segment>),
+}
+
+impl ReduceBuffer {
+    /// This rank's memory as a 1-D tensor; see [`crate::GatherBuffer::view`].
+    ///
+    /// # Panics
+    /// The range is outside of the buffer, or not aligned for `kind`.
+    pub fn view(&self, kind: Kind, offset_bytes: usize, numel: usize) -> Tensor {
+        view(self.data[self.rank], kind, offset_bytes, numel)
+    }
+
+    pub fn len_bytes(&self) -> usize {
+        self.data[self.rank].len_bytes
+    }
+}
+
+impl ShmGroup {
+    pub(crate) fn new_reduce_buffer(&mut self, name: &str, len_bytes: usize) -> Result<ReduceBuffer, CommError> {
+        let memories = self.share_memory(name, len_bytes, 0..self.world_size(), 1)?;
+        let channel = self.new_channel(memories.iter().flat_map(|memory| Cell::all_of(memory, 0, 1)).collect());
+        let data = memories.iter().map(|memory| Data::new(memory, 1, len_bytes)).collect();
+        Ok(ReduceBuffer { channel, rank: self.rank, data, n: 0, state: State::Free })
+    }
+
+    pub(crate) fn begin_reduce(&mut self, buffer: &mut ReduceBuffer, unit: &str) -> Result<(), CommError> {
+        assert_eq!(buffer.state, State::Free, "begin_reduce of a buffer in use");
+        if !buffer.channel.all_reached(Phase::Released, buffer.n) {
+            // The call that is about to start.
+            let seq = self.seq + 1;
+            let num_bytes = buffer.len_bytes() as u64;
+            let call = Call { op: Op::ReduceScatter, seq, kind: None, num_bytes, detail: 0, unit: unit.to_owned() };
+            self.wait(&buffer.channel, Phase::Released, buffer.n, &call)?;
+        }
+        buffer.n = buffer.n.wrapping_add(1);
+        buffer.state = State::Writing;
+        Ok(())
+    }
+
+    pub(crate) fn start_reduce_scatter(
+        &mut self,
+        buffer: &mut ReduceBuffer,
+        segments: &[Segment],
+        unit: &str,
+    ) -> Result<(), CommError> {
+        assert_eq!(buffer.state, State::Writing, "start_reduce_scatter without begin_reduce");
+        let (kind, num_bytes) = check_segments(buffer.data[self.rank], segments, self.world_size());
+        let call = self.start_call(Op::ReduceScatter, kind, num_bytes, 0, unit);
+        buffer.channel.publish(buffer.n, &call);
+        buffer.state = State::Started(call, segments.to_vec());
+        Ok(())
+    }
+
+    pub(crate) fn wait_reduce_scatter(
+        &mut self,
+        buffer: &mut ReduceBuffer,
+        out: &[&Tensor],
+        accumulate: bool,
+    ) -> Result<(), CommError> {
+        let State::Started(call, segments) = &buffer.state else {
+            panic!("wait_reduce_scatter in state {:?}", buffer.state);
+        };
+        assert_eq!(out.len(), segments.len(), "one output for each segment");
+        for (out, segment) in out.iter().zip(segments) {
+            check_out(out, segment.numel / self.world_size());
+        }
+        self.wait(&buffer.channel, Phase::Written, buffer.n, call)?;
+        for (out, segment) in out.iter().zip(segments) {
+            let numel = segment.numel / self.world_size();
+            let offset_bytes = segment.offset_bytes + self.rank * numel * element_bytes(segment.kind);
+            let sources: Vec<*const u8> =
+                buffer.data.iter().map(|data| data.range(segment.kind, offset_bytes, numel).cast_const()).collect();
+            // SAFETY: the output was checked to be so many contiguous f32; it is not part of a mapping that anybody
+            // writes. The sources are checked ranges that all ranks have written, and leave alone until this rank
+            // releases them.
+            unsafe {
+                let out = std::slice::from_raw_parts_mut(out.data_ptr().cast::<f32>(), numel);
+                sum_into(segment.kind, &sources, out, accumulate);
+            }
+        }
+        buffer.channel.release(buffer.n);
+        buffer.state = State::Free;
+        Ok(())
+    }
+}
+
+fn check_out(out: &Tensor, numel: usize) {
+    let fits = out.kind() == Kind::Float && out.device() == Device::Cpu && out.is_contiguous() && out.numel() == numel;
+    assert!(fits, "the output is {:?} of {:?}, not {numel} contiguous f32 on the CPU", out.kind(), out.size());
+}

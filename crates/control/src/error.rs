@@ -1,0 +1,51 @@
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What can go wrong between a launcher and its ranks.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    #[error("environment variable {name} is not set; start ranks with fsdp-launch")]
+    MissingVariable { name: &'static str },
+
+    #[error("environment variable {name}={value:?} is wrong: expected {expected}")]
+    BadVariable { name: &'static str, value: String, expected: String },
+
+    #[error("port {port} of {host} is in use by another process; choose another --master-port")]
+    PortInUse { host: String, port: u16 },
+
+    #[error("the store cannot listen on {host}:{port}: {source}")]
+    StoreBind { host: String, port: u16, source: io::Error },
+
+    #[error("no connection to the store at {addr} within {timeout:?}: {source}")]
+    StoreUnreachable { addr: String, timeout: Duration, source: io::Error },
+
+    #[error("lost the connection to the store at {addr}: {source}")]
+    StoreLost { addr: String, source: io::Error },
+
+    #[error("the store at {addr} refused {request} of key {key:?}: {reason}")]
+    StoreRefused { addr: String, request: &'static str, key: String, reason: String },
+
+    #[error("nobody set key {key:?} in the store at {addr} within {timeout:?}")]
+    KeyTimeout { addr: String, key: String, timeout: Duration },
+
+    #[error("barrier {name:?}: of {world_size} ranks, {missing:?} did not arrive within {timeout:?}")]
+    BarrierTimeout { name: String, world_size: usize, missing: Vec<usize>, timeout: Duration },
+
+    #[error("{what}: {source}")]
+    System { what: String, source: io::Error },
+
+    #[error("{what} is not what this program made: {reason}")]
+    Foreign { what: String, reason: String },
+
+    #[error("error file {path}: {reason}")]
+    ErrorFile { path: PathBuf, reason: String },
+}
+
+impl ControlError {
+    /// Wraps a failed system call; `what` says what was attempted.
+    pub(crate) fn system(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::System { what: what.into(), source: source.into() }
+    }
+}

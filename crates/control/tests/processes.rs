@@ -1,0 +1,173 @@
+//! Launcher and ranks as real processes: this test binary starts itself in the role that `FSDP_TEST_ROLE` names.
+//!
+//! A "launcher" starts one "rank" and prints its pid; the test kills the launcher and watches the rank.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use fsdp_control::env::WorkerEnv;
+use fsdp_control::lifeline::{self, Lifeline};
+use fsdp_control::progress::{Op, Progress};
+use fsdp_control::stop::StopFlag;
+use rustix::process::{Pid, Signal};
+
+const LONG: Duration = Duration::from_secs(10);
+
+/// This binary in another role. `FSDP_TEST_ROLE` says which; see `role`.
+fn command(role: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["role", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
+    command.env("FSDP_TEST_ROLE", role).stdout(Stdio::piped());
+    command
+}
+
+fn spawn_rank(role: &str, lifeline: &Lifeline, progress: &Progress) -> Child {
+    let env = WorkerEnv {
+        rank: 0,
+        local_rank: 0,
+        world_size: 1,
+        local_world_size: 1,
+        group_rank: 0,
+        master_addr: "127.0.0.1".into(),
+        master_port: 1,
+        lifeline_fd: Some(lifeline.inherit_fd()),
+        progress_fd: Some(progress.inherit_fd()),
+        terminal_width: None,
+    };
+    let mut command = command(role);
+    command.envs(env.vars());
+    lifeline::prepare_child(&mut command, &[lifeline.inherit_fd(), progress.inherit_fd()]);
+    command.spawn().unwrap()
+}
+
+/// Not a test of its own: what the processes run that the tests start.
+#[test]
+#[ignore = "started by the other tests"]
+fn role() {
+    match std::env::var("FSDP_TEST_ROLE").unwrap_or_default().as_str() {
+        role @ ("launcher-lifeline" | "launcher-signal" | "launcher-drops") => {
+            let (lifeline, progress) = (Lifeline::new().unwrap(), Progress::create(1).unwrap());
+            let rank_role = if role == "launcher-signal" { "rank-signal" } else { "rank-lifeline" };
+            let mut rank = spawn_rank(rank_role, &lifeline, &progress);
+            wait_for_line(&mut rank, "ready");
+            println!("rank {}", rank.id());
+            if role == "launcher-drops" {
+                drop(lifeline);
+                rank.wait().unwrap();
+                println!("rank ended");
+            }
+            std::thread::sleep(LONG);
+        }
+        // Only the lifeline, as for a child's child, which the death signal does not reach.
+        "rank-lifeline" => {
+            rustix::process::set_parent_process_death_signal(None).unwrap();
+            lifeline::watch(WorkerEnv::from_env().unwrap().lifeline_fd.unwrap()).unwrap();
+            println!("ready");
+            std::thread::sleep(LONG);
+        }
+        // Only the death signal: nobody watches the lifeline.
+        "rank-signal" => {
+            println!("ready");
+            std::thread::sleep(LONG);
+        }
+        "rank-reports" => {
+            let env = WorkerEnv::from_env().unwrap();
+            let progress = Progress::attach(env.progress_fd.unwrap(), env.local_rank).unwrap();
+            progress.set_step(3);
+            progress.enter(Op::Barrier, 9, "head");
+            assert_eq!(rustix::process::getpgid(None).unwrap(), rustix::process::getpid(), "own process group");
+            println!("ready");
+            std::thread::sleep(LONG);
+        }
+        "rank-stops" => {
+            println!("ready");
+            std::io::stdin().read_exact(&mut [0]).unwrap();
+            let stop = StopFlag::install().unwrap();
+            let start = Instant::now();
+            while !stop.is_set() && start.elapsed() < LONG {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            println!("stopped by {}", stop.signal_name().unwrap());
+        }
+        other => panic!("no role {other:?}"),
+    }
+}
+
+/// The first line of the child's output that starts with `start` (test harness lines come before it).
+fn wait_for_line(child: &mut Child, start: &str) -> String {
+    let mut lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
+    let found = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains(start)));
+    found.unwrap_or_else(|| panic!("the child ended without {start:?}")).unwrap()
+}
+
+fn is_running(pid: Pid) -> bool {
+    // A zombie has ended; its new parent may be slow to reap it.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    stat.is_ok_and(|stat| !stat.rsplit(") ").next().unwrap().starts_with('Z'))
+}
+
+#[test]
+fn ranks_die_with_a_killed_launcher() {
+    for role in ["launcher-lifeline", "launcher-signal"] {
+        let mut launcher = command(role).spawn().unwrap();
+        let line = wait_for_line(&mut launcher, "rank ");
+        let rank = Pid::from_raw(line.rsplit(' ').next().unwrap().parse().unwrap()).unwrap();
+        assert!(is_running(rank));
+        launcher.kill().unwrap();
+        let start = Instant::now();
+        launcher.wait().unwrap();
+        while is_running(rank) {
+            assert!(start.elapsed() < Duration::from_secs(2), "{role}: the rank lives on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn dropping_the_lifeline_ends_the_ranks() {
+    let mut launcher = command("launcher-drops").spawn().unwrap();
+    wait_for_line(&mut launcher, "rank ended");
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+}
+
+#[test]
+fn progress_is_seen_across_processes() {
+    let (lifeline, progress) = (Lifeline::new().unwrap(), Progress::create(1).unwrap());
+    let mut rank = spawn_rank("rank-reports", &lifeline, &progress);
+    wait_for_line(&mut rank, "ready");
+    let seen = progress.snapshot(0);
+    assert_eq!((seen.step, seen.seq, seen.op, seen.inside, seen.unit.as_str()), (3, 9, Op::Barrier, true, "head"));
+    rank.kill().unwrap();
+    rank.wait().unwrap();
+}
+
+/// SIGUSR1 arrives before the rank has its handlers, and must neither kill it nor be lost.
+#[test]
+fn an_early_user_signal_is_kept_until_the_handlers_are_there() {
+    let mut command = command("rank-stops");
+    lifeline::prepare_child(command.stdin(Stdio::piped()), &[]);
+    let mut rank = command.spawn().unwrap();
+    wait_for_line(&mut rank, "ready");
+    rustix::process::kill_process(Pid::from_child(&rank), Signal::USR1).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    std::io::Write::write_all(rank.stdin.as_mut().unwrap(), b"\n").unwrap();
+    wait_for_line(&mut rank, "stopped by SIGUSR1");
+    assert!(rank.wait().unwrap().success());
+}
+
+#[test]
+fn each_stop_signal_sets_the_flag() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::USR2] {
+        let mut command = command("rank-stops");
+        lifeline::prepare_child(command.stdin(Stdio::piped()), &[]);
+        let mut rank = command.spawn().unwrap();
+        wait_for_line(&mut rank, "ready");
+        std::io::Write::write_all(rank.stdin.as_mut().unwrap(), b"\n").unwrap();
+        std::thread::sleep(Duration::from_millis(50)); // the handlers are there
+        rustix::process::kill_process(Pid::from_child(&rank), signal).unwrap();
+        wait_for_line(&mut rank, "stopped by SIG");
+        assert!(rank.wait().unwrap().success());
+    }
+}

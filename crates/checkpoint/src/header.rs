@@ -1,0 +1,172 @@
+//! The header of a safetensors file: 8 bytes of length, a JSON object, then the data.
+//!
+//! Reading trusts nothing: lengths are compared with the real file before anything is allocated.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::elements::numel;
+use crate::error::{CheckpointError, Result};
+use crate::unique_map::UniqueMap;
+
+const LENGTH_BYTES: u64 = 8;
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// One tensor's description; bounds the number of dimensions too.
+const MAX_ENTRY_BYTES: usize = 4096;
+
+#[derive(Debug)]
+pub(crate) struct Header {
+    /// In file order; together they cover the data without gap or overlap.
+    pub(crate) tensors: Vec<HeaderTensor>,
+    /// With the 8 bytes of length.
+    pub(crate) len_bytes: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct HeaderTensor {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// From the start of the file.
+    pub(crate) offset_bytes: u64,
+    pub(crate) len_bytes: u64,
+}
+
+#[derive(Deserialize)]
+struct RawTensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (u64, u64),
+}
+
+/// Reads and checks the header of `file`, which has `file_bytes` bytes.
+pub(crate) fn read(file: &File, file_bytes: u64, path: &Path) -> Result<Header> {
+    let bad = |field: &str, reason: String| CheckpointError::Safetensors {
+        path: path.to_path_buf(),
+        field: field.to_string(),
+        reason,
+    };
+    let io = |error| CheckpointError::io("read", path)(error);
+
+    if file_bytes < LENGTH_BYTES {
+        return Err(bad("file", format!("only {file_bytes} bytes long")));
+    }
+    let mut length = [0; LENGTH_BYTES as usize];
+    file.read_exact_at(&mut length, 0).map_err(io)?;
+    if &length == b"version " {
+        let reason = "this is a Git LFS pointer, not the file; run `git lfs pull`";
+        return Err(bad("file", reason.to_string()));
+    }
+    let json_bytes = u64::from_le_bytes(length);
+    if json_bytes > MAX_HEADER_BYTES {
+        let reason = format!("{json_bytes} bytes, at most {MAX_HEADER_BYTES} are allowed");
+        return Err(bad("header length", reason));
+    }
+    if json_bytes > file_bytes - LENGTH_BYTES {
+        let reason = format!("{json_bytes} bytes, but the file has only {file_bytes}; truncated?");
+        return Err(bad("header length", reason));
+    }
+    let mut json = vec![0; json_bytes as usize];
+    file.read_exact_at(&mut json, LENGTH_BYTES).map_err(io)?;
+    let json = std::str::from_utf8(&json).map_err(|e| bad("header", format!("not UTF-8: {e}")))?;
+    let UniqueMap(entries) = serde_json::from_str::<UniqueMap<&RawValue>>(json)
+        .map_err(|e| bad("header", format!("not a JSON object of tensors: {e}")))?;
+
+    let data_start = LENGTH_BYTES + json_bytes;
+    let data_bytes = file_bytes - data_start;
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (name, raw) in entries {
+        if name == "__metadata__" {
+            continue;
+        }
+        let field = format!("tensor {name:?}");
+        let bad = |reason| bad(&field, reason);
+        if raw.get().len() > MAX_ENTRY_BYTES {
+            let reason = format!("described by more than {MAX_ENTRY_BYTES} bytes");
+            return Err(bad(reason));
+        }
+        let raw: RawTensor = serde_json::from_str(raw.get()).map_err(|e| bad(e.to_string()))?;
+        let (start, end) = raw.data_offsets;
+        if start > end || end > data_bytes {
+            let reason =
+                format!("data_offsets {start}..{end}, but the file holds {data_bytes} bytes of data; truncated?");
+            return Err(bad(reason));
+        }
+        let len_bytes = numel(&raw.shape)
+            .and_then(|n| n.checked_mul(raw.dtype.bitsize()))
+            .filter(|bits| bits % 8 == 0)
+            .map(|bits| bits as u64 / 8);
+        if len_bytes != Some(end - start) {
+            let (dtype, shape) = (raw.dtype, &raw.shape);
+            let needs = len_bytes.map_or("an impossible number of".into(), |n| n.to_string());
+            let reason = format!(
+                "shape {shape:?} of {dtype:?} needs {needs} bytes, data_offsets {start}..{end} give {}",
+                end - start
+            );
+            return Err(bad(reason));
+        }
+        tensors.push(HeaderTensor {
+            name,
+            dtype: raw.dtype,
+            shape: raw.shape,
+            offset_bytes: data_start + start,
+            len_bytes: end - start,
+        });
+    }
+
+    tensors.sort_by_key(|tensor| (tensor.offset_bytes, tensor.len_bytes));
+    let mut expected = data_start;
+    for tensor in &tensors {
+        if tensor.offset_bytes != expected {
+            let what = if tensor.offset_bytes < expected {
+                "overlaps the tensor before it"
+            } else {
+                "leaves a hole before it"
+            };
+            let reason = format!(
+                "starts at byte {} of the data, expected {}: it {what}",
+                tensor.offset_bytes - data_start,
+                expected - data_start
+            );
+            return Err(bad(&format!("tensor {:?}", tensor.name), reason));
+        }
+        expected += tensor.len_bytes;
+    }
+    if expected != file_bytes {
+        let reason = format!("{} bytes follow the last tensor", file_bytes - expected);
+        return Err(bad("file", reason));
+    }
+    Ok(Header { tensors, len_bytes: data_start })
+}
+
+/// A header for tensors that follow each other, in the order given, padded to a multiple of 8 bytes.
+/// The bytes depend on the arguments only.
+pub(crate) fn encode(
+    metadata: &BTreeMap<&str, String>,
+    tensors: impl IntoIterator<Item = (String, Dtype, Vec<usize>)>,
+) -> Vec<u8> {
+    let mut object = serde_json::Map::new();
+    object.insert("__metadata__".into(), serde_json::json!(metadata));
+    let mut start = 0;
+    for (name, dtype, shape) in tensors {
+        let bits = numel(&shape).and_then(|n| n.checked_mul(dtype.bitsize()));
+        let end = start + bits.expect("a tensor that fits a file") / 8;
+        let info = TensorInfo { dtype, shape, data_offsets: (start, end) };
+        let info = serde_json::to_value(info).expect("plain data is JSON");
+        let old = object.insert(name, info);
+        assert!(old.is_none(), "two tensors of one name in a header");
+        start = end;
+    }
+    let mut json = serde_json::to_vec(&object).expect("a map with text keys is JSON");
+    json.resize(json.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut json);
+    bytes
+}

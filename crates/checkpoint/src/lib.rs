@@ -1,0 +1,28 @@
+//! Model and checkpoint files as byte ranges: no tensor library, no pickle, no panic on any input.
+//!
+//! Every rank reads and writes only its own elements, through positioned reads and writes, so nothing is
+//! gathered anywhere and any world size can load what any other saved.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`hf_folder`] | reads a Hugging Face model folder: headers once, then exactly the elements asked for |
+//! | [`export`] | writes one: all ranks write their ranges of the same files, rank 0 renames the folder |
+//! | [`sharded`] | resumable checkpoints: one file per rank, a manifest with digests, commit by rename |
+//! | [`error`] | what can go wrong, and what to do about it |
+//! | `header` | the safetensors header: hostile input refused, written in a fixed order |
+//! | `elements` | f32 values to and from little-endian F32, F16, BF16 bytes, through a bounded buffer |
+//! | `durable` | space reserved first, fsync, rename |
+//! | `unique_map` | JSON objects with repeated keys refused |
+#![forbid(unsafe_code)]
+
+mod durable;
+mod elements;
+pub mod error;
+pub mod export;
+mod header;
+pub mod hf_folder;
+pub mod sharded;
+mod unique_map;
+
+pub use elements::Dtype;
+pub use error::CheckpointError;

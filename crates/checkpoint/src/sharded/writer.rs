@@ -1,0 +1,218 @@
+//! Saving: every rank streams its pieces, rank 0 commits.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::manifest::{ChunkEntry, FileEntry, MANIFEST, Manifest, ManifestMeta, State, file_name, hex};
+use super::retention::{dir_name, temp_name};
+use crate::elements::{self, BUFFER_BYTES, Dtype, numel};
+use crate::error::{CheckpointError, Result};
+use crate::{durable, header};
+
+/// A piece that this rank saves: elements `start..start + len` of a flattened logical tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk<'a> {
+    pub state: State,
+    pub name: &'a str,
+    /// Of the whole tensor.
+    pub shape: &'a [usize],
+    pub start: usize,
+    pub len: usize,
+}
+
+/// What a rank tells rank 0 about its finished file. Travels as JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardReport {
+    pub save_id: String,
+    pub step: u64,
+    pub rank: usize,
+    pub world_size: usize,
+    pub file: FileEntry,
+    pub chunks: Vec<ChunkEntry>,
+}
+
+/// Streams one rank's pieces into its file, taking digests on the way.
+pub struct ShardWriter {
+    file: File,
+    path: PathBuf,
+    report: ShardReport,
+    /// The piece being written and how many of its elements are.
+    current: usize,
+    written: usize,
+    chunk_digest: Box<Xxh3>,
+    file_digest: Box<Xxh3>,
+    buffer: Vec<u8>,
+}
+
+impl fmt::Debug for ShardWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShardWriter")
+            .field("path", &self.path)
+            .field("current", &self.current)
+            .field("written", &self.written)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ShardWriter {
+    /// Creates this rank's file with its whole space reserved. Empty pieces are left out.
+    ///
+    /// # Errors
+    /// The step is already committed, the space is not there, the folder cannot be written.
+    ///
+    /// # Panics
+    /// If `save_id` is not made of letters, digits, `-` and `_`, or a piece lies outside its tensor.
+    pub fn create(
+        root: &Path,
+        step: u64,
+        save_id: &str,
+        rank: usize,
+        world_size: usize,
+        chunks: &[Chunk],
+    ) -> Result<Self> {
+        let final_dir = root.join(dir_name(step));
+        if final_dir.symlink_metadata().is_ok() {
+            return Err(CheckpointError::Exists { path: final_dir });
+        }
+        let temp_dir = root.join(temp_name(step, save_id));
+        durable::create_dir_all(&temp_dir)?;
+
+        let chunks: Vec<&Chunk> = chunks.iter().filter(|chunk| chunk.len > 0).collect();
+        let metadata = [
+            ("save_id", save_id.to_string()),
+            ("step", step.to_string()),
+            ("rank", rank.to_string()),
+            ("world_size", world_size.to_string()),
+        ];
+        let described = chunks.iter().map(|chunk| {
+            let end = chunk.start + chunk.len;
+            assert!(numel(chunk.shape).is_some_and(|numel| end <= numel), "{} outside its tensor", chunk.name);
+            let key = format!("{}:{}[{}..{end}]", chunk.state.name(), chunk.name, chunk.start);
+            (key, safetensors::Dtype::F32, vec![chunk.len])
+        });
+        let header = header::encode(&metadata.into(), described);
+
+        let mut offset_bytes = header.len() as u64;
+        let mut entries = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let entry = ChunkEntry {
+                state: chunk.state,
+                name: chunk.name.to_string(),
+                shape: chunk.shape.to_vec(),
+                dtype: Dtype::F32.to_string(),
+                start: chunk.start,
+                len: chunk.len,
+                file: rank,
+                offset_bytes,
+                digest: String::new(),
+            };
+            offset_bytes += entry.len_bytes();
+            entries.push(entry);
+        }
+        let name = file_name(rank, world_size);
+        let path = temp_dir.join(&name);
+        let mut file = durable::create_reserved(&path, offset_bytes)?;
+        file.write_all(&header).map_err(CheckpointError::write(&path, header.len() as u64))?;
+        let mut file_digest = Box::new(Xxh3::new());
+        file_digest.update(&header);
+        Ok(ShardWriter {
+            file,
+            path,
+            report: ShardReport {
+                save_id: save_id.to_string(),
+                step,
+                rank,
+                world_size,
+                file: FileEntry { name, len_bytes: offset_bytes, digest: String::new(), num_nonfinite: 0 },
+                chunks: entries,
+            },
+            current: 0,
+            written: 0,
+            chunk_digest: Box::new(Xxh3::new()),
+            file_digest,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// The next values of the pieces, in the declared order; calls need not end where pieces do.
+    ///
+    /// # Panics
+    /// If there are more values than declared.
+    pub fn write_f32(&mut self, mut values: &[f32]) -> Result<()> {
+        while !values.is_empty() {
+            let chunk = self.report.chunks.get_mut(self.current).expect("no more values than declared");
+            let num = (chunk.len - self.written).min(values.len()).min(BUFFER_BYTES / Dtype::F32.size_bytes());
+            let (part, rest) = values.split_at(num);
+            elements::encode(Dtype::F32, part, &mut self.buffer).expect("every f32 is an f32");
+            self.report.file.num_nonfinite += part.iter().filter(|value| !value.is_finite()).count() as u64;
+            self.file_digest.update(&self.buffer);
+            self.chunk_digest.update(&self.buffer);
+            self.file.write_all(&self.buffer).map_err(CheckpointError::write(&self.path, self.buffer.len() as u64))?;
+            self.written += num;
+            if self.written == chunk.len {
+                chunk.digest = hex(self.chunk_digest.digest128());
+                self.chunk_digest.reset();
+                self.current += 1;
+                self.written = 0;
+            }
+            values = rest;
+        }
+        Ok(())
+    }
+
+    /// Puts the file on disk.
+    ///
+    /// # Panics
+    /// If values are missing.
+    pub fn finish(mut self) -> Result<ShardReport> {
+        assert_eq!(self.current, self.report.chunks.len(), "not all declared pieces were written");
+        self.file.sync_all().map_err(CheckpointError::write(&self.path, self.report.file.len_bytes))?;
+        self.report.file.digest = hex(self.file_digest.digest128());
+        Ok(self.report)
+    }
+}
+
+/// Rank 0, with the report of every rank: writes the manifest and gives the folder its final name, which it returns.
+///
+/// # Errors
+/// Reports of another save, a rank missing or twice, pieces that do not cover every tensor exactly once; a failed
+/// write. Nothing is committed then; call [`abort`](super::abort).
+pub fn commit(root: &Path, step: u64, save_id: &str, reports: &[ShardReport], meta: ManifestMeta) -> Result<PathBuf> {
+    let bad = |reason: String| CheckpointError::Reports { step, reason };
+    let mut sorted: Vec<&ShardReport> = reports.iter().collect();
+    sorted.sort_by_key(|report| report.rank);
+    let (mut files, mut chunks) = (Vec::new(), Vec::new());
+    for (rank, report) in sorted.into_iter().enumerate() {
+        let got = (report.step, report.save_id.as_str(), report.rank, report.world_size);
+        let expected = (step, save_id, rank, reports.len());
+        if got != expected {
+            return Err(bad(format!("a report is of (step, save, rank, world size) {got:?}, expected {expected:?}")));
+        }
+        files.push(report.file.clone());
+        chunks.extend(report.chunks.iter().cloned());
+    }
+    let manifest = Manifest::new(step, save_id, meta, files, chunks);
+    manifest.check().map_err(|(field, reason)| bad(format!("{field}: {reason}")))?;
+
+    let temp_dir = root.join(temp_name(step, save_id));
+    let final_dir = root.join(dir_name(step));
+    if final_dir.symlink_metadata().is_ok() {
+        return Err(CheckpointError::Exists { path: final_dir });
+    }
+    durable::write_new(&temp_dir.join(MANIFEST), manifest.to_sealed_text().as_bytes())?;
+    durable::sync_dir(&temp_dir)?;
+    if let Err(error) = durable::rename(&temp_dir, &final_dir) {
+        // NFS may repeat a rename that it has done, and then report that it failed.
+        if !Manifest::read(&final_dir).is_ok_and(|manifest| manifest.save_id == save_id) {
+            return Err(error);
+        }
+    }
+    durable::sync_dir(root)?;
+    durable::sync_dir(&durable::parent(root))?;
+    Ok(final_dir)
+}

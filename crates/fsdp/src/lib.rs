@@ -1,0 +1,44 @@
+//! Fully sharded data parallel: the engine that executes a step program on tensors.
+//!
+//! Layout:
+//! - [`engine`]: one rank's engine; walks the program.
+//! - [`unit`]: a unit's shards and its views into slot and gradient buffer: unshard, reduce.
+//! - [`optimizer`]: global norm, clipping, AdamW over the shards.
+//! - [`scaler`]: the dynamic loss scale for fp16.
+//! - [`init`]: random weights that depend on seed and name only.
+//! - [`non_finite`]: where a NaN or infinity first appears.
+#![forbid(unsafe_code)]
+
+pub mod engine;
+pub mod init;
+pub mod non_finite;
+pub mod optimizer;
+pub mod scaler;
+pub mod unit;
+
+pub use engine::{Engine, EngineConfig, MicroBatch, Piece, StateKind, StepReport};
+pub use non_finite::NonFinite;
+pub use optimizer::AdamWConfig;
+pub use scaler::LossScaler;
+
+use fsdp_comm::CommError;
+use fsdp_model::ModelError;
+use tch::TchError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("libtorch: {}", fsdp_model::first_line(.0))]
+    Tch(#[from] TchError),
+    #[error(transparent)]
+    Torch(#[from] fsdp_torch_ext::TorchError),
+    #[error(
+        "no token of the whole batch has a label (all are -100): there is no loss; check the data's labels and [training] seq_len"
+    )]
+    NoValidToken,
+    #[error("{0}; the weights are unchanged")]
+    NonFinite(NonFinite),
+}

@@ -1,0 +1,218 @@
+//! The transformer block, as four segments: attention input (norm, q, k, v, rotation), attention core, the rest up to
+//! the MLP's inner activations, and the MLP's output product.
+
+use fsdp_plan::Architecture;
+use fsdp_torch_ext::kernels;
+use tch::{Kind, Tensor};
+
+use crate::attention::{Attention, sliding_window_mask};
+use crate::linear::{Linear, write_grad};
+use crate::{BatchShape, ModelError, RopeTables};
+
+/// One block: which of its unit's parameters are what, and its sizes. Parameters and gradients are slices in the order
+/// of the unit's parameters.
+#[derive(Debug)]
+pub struct Block {
+    input_norm: usize,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    /// Norms over each head of q and of k.
+    qk_norm: Option<(usize, usize)>,
+    o: Linear,
+    post_norm: usize,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    attention: Attention,
+    eps: f64,
+}
+
+/// All that a block's backward reads.
+#[derive(Debug)]
+pub struct Activations {
+    x: Tensor,          // [N, D]
+    input_rstd: Tensor, // [N]
+    h1: Tensor,         // [N, D]
+    q: Tensor,          // [N, H*C], rotated
+    k: Tensor,          // [N, K*C], rotated
+    v: Tensor,          // [N, K*C]
+    qk: Option<QkNorm>,
+    attn: Tensor,      // [N, H*C]
+    logsumexp: Tensor, // [B, H, T]
+    r: Tensor,         // [N, D], x + attention
+    post_rstd: Tensor, // [N]
+    h2: Tensor,        // [N, D]
+    gate: Tensor,      // [N, F]
+    up: Tensor,        // [N, F]
+}
+
+/// q and k before their norms, and the norms' statistics.
+#[derive(Debug)]
+struct QkNorm {
+    q: Tensor,      // [N, H*C]
+    q_rstd: Tensor, // [N*H]
+    k: Tensor,      // [N, K*C]
+    k_rstd: Tensor, // [N*K]
+}
+
+impl Block {
+    /// Block `layer` for sequences of `seq_len` in the activations' dtype `compute`.
+    pub fn new(arch: &Architecture, layer: usize, seq_len: usize, compute: Kind) -> Result<Self, ModelError> {
+        // Mirrors `fsdp_plan::units::block_params`.
+        let mut next = 0;
+        let mut one = || {
+            next += 1;
+            next - 1
+        };
+        let input_norm = one();
+        let mut linear = |bias: bool| Linear { weight: one(), bias: bias.then(&mut one) };
+        let (q, k, v) = (linear(arch.qkv_bias), linear(arch.qkv_bias), linear(arch.qkv_bias));
+        let qk_norm = arch.qk_norm.then(|| (one(), one()));
+        let mut linear = |bias: bool| Linear { weight: one(), bias: bias.then(&mut one) };
+        let o = linear(arch.o_bias);
+        let post_norm = one();
+        let mut linear = |bias: bool| Linear { weight: one(), bias: bias.then(&mut one) };
+        let (gate, up, down) = (linear(arch.mlp_bias), linear(arch.mlp_bias), linear(arch.mlp_bias));
+
+        // A window that covers the whole sequence is plain causal attention.
+        let window = arch.sliding_windows[layer].filter(|&w| w < seq_len);
+        let mask = window.map(|w| sliding_window_mask(seq_len as i64, w as i64, compute)).transpose()?;
+        let attention = Attention {
+            num_heads: arch.num_heads as i64,
+            num_kv_heads: arch.num_kv_heads as i64,
+            head_dim: arch.head_dim as i64,
+            mask,
+        };
+        let eps = arch.rms_norm_eps;
+        Ok(Block { input_norm, q, k, v, qk_norm, o, post_norm, gate, up, down, attention, eps })
+    }
+
+    /// `[N, D] -> [N, D]`, and what backward reads.
+    pub fn forward(
+        &self,
+        params: &[Tensor],
+        x: Tensor,
+        rope: &RopeTables,
+        shape: BatchShape,
+    ) -> Result<(Tensor, Activations), ModelError> {
+        let kept = self.recompute(params, x, rope, shape)?;
+        let s = kernels::silu_mul(&kept.gate, &kept.up)?;
+        let y = self.down.forward_add(params, &s, &kept.r)?;
+        Ok((y, kept))
+    }
+
+    /// All segments but the last, whose product backward does not need.
+    pub fn recompute(
+        &self,
+        params: &[Tensor],
+        x: Tensor,
+        rope: &RopeTables,
+        shape: BatchShape,
+    ) -> Result<Activations, ModelError> {
+        let (h1, input_rstd) = kernels::rms_norm(&x, &params[self.input_norm], self.eps)?;
+        let mut q = self.q.forward(params, &h1)?;
+        let mut k = self.k.forward(params, &h1)?;
+        let v = self.v.forward(params, &h1)?;
+        let mut qk = None;
+        if let Some((q_norm, k_norm)) = self.qk_norm {
+            let (q_normed, q_rstd) = self.head_norm(&q, &params[q_norm])?;
+            let (k_normed, k_rstd) = self.head_norm(&k, &params[k_norm])?;
+            qk = Some(QkNorm {
+                q: std::mem::replace(&mut q, q_normed),
+                q_rstd,
+                k: std::mem::replace(&mut k, k_normed),
+                k_rstd,
+            });
+        }
+        let q = self.rotate(&q, rope, false)?;
+        let k = self.rotate(&k, rope, false)?;
+
+        let (attn, logsumexp) = self.attention.forward(&q, &k, &v, shape)?;
+
+        let r = self.o.forward_add(params, &attn, &x)?;
+        let (h2, post_rstd) = kernels::rms_norm(&r, &params[self.post_norm], self.eps)?;
+        let gate = self.gate.forward(params, &h2)?;
+        let up = self.up.forward(params, &h2)?;
+        Ok(Activations { x, input_rstd, h1, q, k, v, qk, attn, logsumexp, r, post_rstd, h2, gate, up })
+    }
+
+    /// Writes every parameter's gradient into `grads` and returns the input's: `[N, D] -> [N, D]`.
+    pub fn backward(
+        &self,
+        params: &[Tensor],
+        grads: &[Tensor],
+        kept: Activations,
+        dy: Tensor,
+        rope: &RopeTables,
+        shape: BatchShape,
+    ) -> Result<Tensor, ModelError> {
+        let Activations { x, input_rstd, h1, q, k, v, qk, attn, logsumexp, r, post_rstd, h2, gate, up } = kept;
+
+        let s = kernels::silu_mul(&gate, &up)?;
+        self.down.backward_params(params, grads, &dy, &s)?;
+        drop(s);
+        let ds = self.down.backward_input(params, &dy)?;
+
+        let (d_gate, d_up) = kernels::silu_mul_backward(&ds, &gate, &up)?;
+        drop((ds, gate, up));
+        self.gate.backward_params(params, grads, &d_gate, &h2)?;
+        self.up.backward_params(params, grads, &d_up, &h2)?;
+        drop(h2);
+        let dh2 = self.gate.backward_input(params, &d_gate)?;
+        let dh2 = self.up.backward_input_add(params, &d_up, dh2)?;
+        drop((d_gate, d_up));
+        let (mut dr, d_norm) = kernels::rms_norm_backward(&dh2, &r, &params[self.post_norm], &post_rstd)?;
+        write_grad(&grads[self.post_norm], &d_norm)?;
+        drop((dh2, r));
+        let _ = dr.f_add_(&dy)?;
+        drop(dy);
+        self.o.backward_params(params, grads, &dr, &attn)?;
+        let d_attn = self.o.backward_input(params, &dr)?;
+
+        let (dq, dk, dv) = self.attention.backward(&d_attn, &q, &k, &v, &attn, &logsumexp, shape)?;
+        drop((d_attn, q, k, v, attn));
+
+        let mut dq = self.rotate(&dq, rope, true)?;
+        let mut dk = self.rotate(&dk, rope, true)?;
+        if let (Some((q_norm, k_norm)), Some(kept)) = (self.qk_norm, qk) {
+            dq = self.head_norm_backward(&dq, &kept.q, &kept.q_rstd, &params[q_norm], &grads[q_norm])?;
+            dk = self.head_norm_backward(&dk, &kept.k, &kept.k_rstd, &params[k_norm], &grads[k_norm])?;
+        }
+        self.q.backward_params(params, grads, &dq, &h1)?;
+        self.k.backward_params(params, grads, &dk, &h1)?;
+        self.v.backward_params(params, grads, &dv, &h1)?;
+        drop(h1);
+        let dh1 = self.q.backward_input(params, &dq)?;
+        let dh1 = self.k.backward_input_add(params, &dk, dh1)?;
+        let dh1 = self.v.backward_input_add(params, &dv, dh1)?;
+        let (mut dx, d_norm) = kernels::rms_norm_backward(&dh1, &x, &params[self.input_norm], &input_rstd)?;
+        write_grad(&grads[self.input_norm], &d_norm)?;
+        let _ = dx.f_add_(&dr)?;
+        Ok(dx)
+    }
+
+    /// Rotates each head of `[N, heads * C]` by its position, or back.
+    fn rotate(&self, x: &Tensor, rope: &RopeTables, inverse: bool) -> Result<Tensor, ModelError> {
+        Ok(kernels::rope(x, &rope.cos, &rope.sin, inverse)?)
+    }
+
+    fn head_norm(&self, x: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
+        let (y, rstd) = kernels::rms_norm(&x.f_view([-1, self.attention.head_dim])?, weight, self.eps)?;
+        Ok((y.f_view_as(x)?, rstd))
+    }
+
+    fn head_norm_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        rstd: &Tensor,
+        weight: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Tensor, ModelError> {
+        let rows = [-1, self.attention.head_dim];
+        let (dx, d_weight) = kernels::rms_norm_backward(&dy.f_view(rows)?, &x.f_view(rows)?, weight, rstd)?;
+        write_grad(grad, &d_weight)?;
+        Ok(dx.f_view_as(x)?)
+    }
+}

@@ -1,0 +1,5 @@
+include!("../../scripts/rpath.rs");
+
+fn main() {
+    emit()
+}

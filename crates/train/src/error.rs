@@ -1,0 +1,85 @@
+//! What can end a rank, as exit status and error record.
+
+use std::path::PathBuf;
+
+use fsdp::EngineError;
+use fsdp_checkpoint::CheckpointError;
+use fsdp_comm::CommError;
+use fsdp_config::ConfigError;
+use fsdp_control::env::WorkerEnv;
+use fsdp_control::error_file::{ErrorKind, ErrorRecord};
+use fsdp_control::{ControlError, ExitStatus};
+use fsdp_data::DataError;
+use fsdp_plan::PlanError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Torch(#[from] fsdp_torch_ext::TorchError),
+    #[error("{path}: {source}", path = path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    /// The config, or the data, does not go with what the output folder holds.
+    #[error("{0}")]
+    BadInput(String),
+    #[error("rank {rank} sent {what} that cannot be read: {source}")]
+    Message { rank: usize, what: &'static str, source: serde_json::Error },
+}
+
+impl TrainError {
+    pub fn exit_status(&self) -> ExitStatus {
+        match self.kind() {
+            ErrorKind::BadInput => ExitStatus::BadInput,
+            ErrorKind::NonFinite => ExitStatus::DoNotRerun,
+            _ => ExitStatus::Failed,
+        }
+    }
+
+    fn kind(&self) -> ErrorKind {
+        match self {
+            TrainError::Config(_) | TrainError::Plan(_) | TrainError::Data(_) | TrainError::BadInput(_) => {
+                ErrorKind::BadInput
+            }
+            TrainError::Engine(EngineError::NoValidToken) => ErrorKind::BadInput,
+            TrainError::Engine(EngineError::NonFinite(_)) => ErrorKind::NonFinite,
+            TrainError::Comm(e) | TrainError::Engine(EngineError::Comm(e)) => e.error_kind(),
+            TrainError::Checkpoint(
+                CheckpointError::Io { .. } | CheckpointError::NoSpace { .. } | CheckpointError::Reports { .. },
+            )
+            | TrainError::Io { .. } => ErrorKind::Io,
+            // The model's files, or a checkpoint's, are not what they should be.
+            TrainError::Checkpoint(_) => ErrorKind::BadInput,
+            TrainError::Control(_) | TrainError::Engine(_) | TrainError::Torch(_) | TrainError::Message { .. } => {
+                ErrorKind::Other
+            }
+        }
+    }
+
+    /// What the launcher reads.
+    pub fn record(&self, env: &WorkerEnv) -> ErrorRecord {
+        let mut record = ErrorRecord::new(env.rank, env.local_rank, self.kind(), self.to_string(), self.exit_status());
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            // Most messages have their cause in them already, and libtorch's go on with a C++ stack.
+            let text = cause.to_string().lines().next().unwrap_or_default().to_string();
+            if !record.message.contains(&text) {
+                record.causes.push(text);
+            }
+            source = cause.source();
+        }
+        record
+    }
+}

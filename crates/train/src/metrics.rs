@@ -1,0 +1,113 @@
+//! `<output.dir>/metrics.jsonl`: a line a step, flushed, written by rank 0.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::TrainError;
+
+/// One step. Units are in the names; `loss` and `grad_norm` are global and from before the update.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct StepLine {
+    pub step: u64,
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    /// Tokens with a label, of all ranks.
+    pub tokens: u64,
+    /// Wall time since the last step's end, data included.
+    pub step_time_s: f64,
+    pub tokens_per_second: f64,
+    /// Largest over ranks.
+    pub peak_memory_bytes: u64,
+    /// Time in which rank 0 waited for data, and in which it waited for or executed collectives.
+    pub data_time_s: f64,
+    pub comm_time_s: f64,
+    pub epoch: u64,
+    /// fp16: the gradient overflowed and nothing was updated.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
+}
+
+/// One validation.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct ValidationLine {
+    pub step: u64,
+    pub val_loss: f64,
+    pub val_tokens: u64,
+}
+
+/// The open file.
+#[derive(Debug)]
+pub struct MetricsFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsFile {
+    /// Opens the file and cuts it back to the lines of steps up to `step`, where the run goes on.
+    pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
+        let io = |source| TrainError::Io { path: path.to_path_buf(), source };
+        let file = OpenOptions::new().create(true).truncate(false).read(true).append(true).open(path).map_err(io)?;
+        let mut reader = BufReader::new(&file);
+        let (mut keep_bytes, mut line) = (0u64, Vec::new());
+        loop {
+            line.clear();
+            let len = reader.read_until(b'\n', &mut line).map_err(io)?;
+            let is_whole = line.last() == Some(&b'\n');
+            let of_step = serde_json::from_slice::<serde_json::Value>(&line).ok().and_then(|v| v["step"].as_u64());
+            if !is_whole || of_step.is_none_or(|s| s > step) {
+                break;
+            }
+            keep_bytes += len as u64;
+        }
+        file.set_len(keep_bytes).map_err(io)?;
+        Ok(MetricsFile { path: path.to_path_buf(), file })
+    }
+
+    /// Appends one line; it is in the file when this returns.
+    pub fn write(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
+        let mut text = serde_json::to_vec(line).expect("plain fields are always representable as JSON");
+        text.push(b'\n');
+        self.file.write_all(&text).map_err(|source| TrainError::Io { path: self.path.clone(), source })
+    }
+}
+
+/// Largest resident set of this process so far, in bytes (`VmHWM`); 0 if the system does not tell.
+pub fn peak_resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or_default();
+    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_cut_back_to_the_step_that_the_run_resumes_from() {
+        let dir = std::env::temp_dir().join(format!("fsdp-metrics-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("metrics.jsonl");
+        for (text, step, kept) in [
+            ("{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n", 2, "{\"step\":1}\n{\"step\":2}\n"),
+            (
+                "{\"step\":1}\n{\"step\":1,\"val_loss\":2.5}\n{\"step\":2}\n",
+                1,
+                "{\"step\":1}\n{\"step\":1,\"val_loss\":2.5}\n",
+            ),
+            ("{\"step\":1}\n{\"step\":2", 2, "{\"step\":1}\n"),
+            ("{\"step\":5}\n", 0, ""),
+            ("", 3, ""),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let mut file = MetricsFile::open(&path, step).unwrap();
+            file.write(&ValidationLine { step: 9, val_loss: 0.5, val_tokens: 3 }).unwrap();
+            let expected = format!("{kept}{{\"step\":9,\"val_loss\":0.5,\"val_tokens\":3}}\n");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

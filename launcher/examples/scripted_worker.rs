@@ -1,0 +1,165 @@
+//! A worker for the tests of the launcher: the control plane of a real one, without tensors. It runs the config's steps,
+//! meets the other ranks in each of them, saves when it should, and stops when it is asked to; `WORKER_SCRIPT` says what
+//! else happens, as `RANK STEP ACTION` separated by semicolons (rank `*` is every one).
+
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+use std::time::{Duration, Instant};
+
+use fsdp_config::{Duration as Length, JobConfig};
+use fsdp_control::env::WorkerEnv;
+use fsdp_control::error_file::{self, ErrorKind, ErrorRecord};
+use fsdp_control::progress::{Op, Progress, ProgressHandle};
+use fsdp_control::stop::StopFlag;
+use fsdp_control::store::Store;
+use fsdp_control::{ExitStatus, lifeline};
+use rustix::process::{Pid, Signal};
+
+struct Worker {
+    env: WorkerEnv,
+    config: JobConfig,
+    store: Store,
+    progress: ProgressHandle,
+    stop: StopFlag,
+    step: u64,
+    /// Process ids of all ranks.
+    peers: Vec<i32>,
+}
+
+fn main() {
+    let stop = StopFlag::install().unwrap();
+    let config_path = PathBuf::from(std::env::args_os().nth(1).unwrap());
+    let env = WorkerEnv::from_env().unwrap();
+    lifeline::watch(env.lifeline_fd.unwrap()).unwrap();
+    let progress = Progress::attach(env.progress_fd.unwrap(), env.local_rank).unwrap();
+    let config = JobConfig::from_resolved(&config_path).unwrap();
+    note_start(&config.output.dir, &env);
+    let store = Store::connect((&env.master_addr, env.master_port), Duration::from_secs(10)).unwrap();
+    let mut worker = Worker { env, config, store, progress, stop, step: 0, peers: Vec::new() };
+    worker.find_peers();
+    worker.train();
+}
+
+/// What the tests look at: that this rank ran, and with which environment.
+fn note_start(dir: &Path, env: &WorkerEnv) {
+    let threads = std::env::var("OMP_NUM_THREADS").unwrap();
+    let group = rustix::process::getpgrp();
+    let text = format!("pid={} group={group} threads={threads} {env:?}", std::process::id());
+    std::fs::write(dir.join(format!("started-{}", env.rank)), text).unwrap();
+}
+
+impl Worker {
+    fn find_peers(&mut self) {
+        self.store.set(&format!("pid-{}", self.env.rank), std::process::id().to_string().as_bytes()).unwrap();
+        for rank in 0..self.env.world_size {
+            let pid = self.store.get(&format!("pid-{rank}"), Duration::from_secs(10)).unwrap();
+            self.peers.push(String::from_utf8(pid).unwrap().parse().unwrap());
+        }
+    }
+
+    fn train(&mut self) {
+        let Length::Steps(num_steps) = self.config.training.duration else { panic!("the tests use steps") };
+        let script = std::env::var("WORKER_SCRIPT").unwrap_or_default();
+        let every = self.config.checkpoint.every_steps;
+        while self.step < num_steps {
+            self.step += 1;
+            self.progress.set_step(self.step);
+            for action in script.split(';') {
+                let [rank, step, action] = action.split_whitespace().collect::<Vec<_>>()[..] else { continue };
+                let is_for_me = rank == "*" || rank == self.env.rank.to_string();
+                if is_for_me && step == self.step.to_string() {
+                    self.act(action);
+                }
+            }
+            std::thread::sleep(Duration::from_millis(5));
+            let stops = self.meet("step", i64::from(self.stop.is_set()));
+            if stops > 0 || (every > 0 && self.step.is_multiple_of(every)) {
+                self.save();
+            }
+            if stops > 0 {
+                exit(ExitStatus::Stopped.code());
+            }
+        }
+    }
+
+    fn act(&self, action: &str) {
+        let (name, value) = action.split_once('=').unwrap_or((action, ""));
+        let number = || value.parse::<i32>().unwrap();
+        match name {
+            "signal" => {
+                let signal = Signal::from_named_raw(number()).unwrap();
+                rustix::process::kill_process(rustix::process::getpid(), signal).unwrap();
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            "exit" => exit(number()),
+            "fail" => self.fail(ErrorKind::NonFinite, "the loss is NaN", number()),
+            "hang" => loop {
+                std::thread::sleep(Duration::from_secs(1));
+            },
+            "print" => eprintln!("rank {} says {value}", self.env.rank),
+            "stdout" => println!("rank {} says {value}", self.env.rank),
+            "spew" => {
+                let mut stderr = std::io::stderr().lock();
+                (0..number()).for_each(|line| writeln!(stderr, "{line} {}", "x".repeat(1000)).unwrap());
+            }
+            "child" => drop(Command::new("sleep").arg("1000").spawn().unwrap()),
+            "escape" => drop(Command::new("setsid").args(["--fork", "sleep", "1000"]).spawn().unwrap()),
+            other => panic!("unknown action {other}"),
+        }
+    }
+
+    /// Waits until all ranks are here; returns the sum of their `value`s. As a process group does, it fails when one of
+    /// them is gone, or stays away for too long.
+    fn meet(&mut self, what: &str, value: i64) -> i64 {
+        let (sum, arrived) = (format!("{what}-{}-sum", self.step), format!("{what}-{}-arrived", self.step));
+        self.progress.enter(Op::AllReduce, self.step, "layers.0");
+        self.store.add(&sum, value).unwrap();
+        self.store.add(&arrived, 1).unwrap();
+        let start = Instant::now();
+        while self.store.add(&arrived, 0).unwrap() < self.env.world_size as i64 {
+            if let Some(lost) = self.peers.iter().position(|&pid| !is_alive(pid)) {
+                // The last one to arrive may have gone on and ended meanwhile.
+                if self.store.add(&arrived, 0).unwrap() < self.env.world_size as i64 {
+                    self.fail(ErrorKind::PeerLost, &format!("rank {lost} is gone"), 1);
+                }
+            }
+            if start.elapsed() > Duration::from_secs(self.config.fsdp.timeout_secs) {
+                self.fail(ErrorKind::CollectiveTimeout, "a rank did not come", 1);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.progress.leave();
+        self.store.add(&sum, 0).unwrap()
+    }
+
+    /// Commits a checkpoint by a rename, once all ranks have their part in it, as the real one does.
+    fn save(&mut self) {
+        self.meet("shards", 0);
+        if self.env.rank == 0 {
+            let root = self.config.output.dir.join("checkpoints");
+            let temporary = root.join("new");
+            std::fs::create_dir_all(&temporary).unwrap();
+            std::fs::write(temporary.join("manifest.json"), "{}").unwrap();
+            std::fs::rename(&temporary, root.join(format!("step-{:08}", self.step))).unwrap();
+        }
+        self.meet("commit", 0);
+    }
+
+    fn fail(&self, kind: ErrorKind, message: &str, status: i32) -> ! {
+        let status = ExitStatus::from_code(status).unwrap();
+        let mut record = ErrorRecord::new(self.env.rank, self.env.local_rank, kind, message.to_owned(), status);
+        record.step = self.step;
+        error_file::write(&self.config.output.dir.join("logs"), &record).unwrap();
+        exit(status.code());
+    }
+}
+
+/// The process exists and has not ended.
+fn is_alive(pid: i32) -> bool {
+    let exists = rustix::process::test_kill_process(Pid::from_raw(pid).unwrap()).is_ok();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    exists && !stat.contains(") Z ")
+}

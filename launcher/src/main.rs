@@ -1,0 +1,66 @@
+//! `fsdp-launch`: starts one process per rank, watches over them, and says what became of the run. No libtorch.
+//!
+//! Layout, in the order in which a run passes through:
+//!
+//! - `cli`: what was typed
+//! - `preflight`: config, model files, data and output folder, checked before any rank starts
+//! - `launch`: lock, resolved config, store, ranks
+//! - `rank`: one rank's process, its pipes and its end
+//! - `supervise`: the loop that waits for ranks, signals and deadlines
+//! - `verdict`: which failure came first, what to say about it, and the exit status
+//! - `output`: ranks' lines to the terminal, to files, and kept for the report
+//! - `signals`, `processes`, `machine`: what the operating system knows
+//! - `plan_command`: `fsdp-launch plan`
+//! - `failure`: an exit status with its message
+
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use fsdp_control::ExitStatus;
+
+use cli::{Cli, Command};
+use failure::Failure;
+
+mod cli;
+mod failure;
+mod launch;
+mod machine;
+mod output;
+mod plan_command;
+mod preflight;
+mod processes;
+mod rank;
+mod signals;
+mod supervise;
+mod verdict;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse_from(cli::with_dashes(std::env::args_os()));
+    let status = run(&cli).unwrap_or_else(|failure| {
+        say(&format!("fsdp-launch: {}", failure.message));
+        failure.status
+    });
+    status.into()
+}
+
+fn run(cli: &Cli) -> Result<ExitStatus, Failure> {
+    match (&cli.command, &cli.run) {
+        (Some(Command::Plan(args)), _) => plan_command::plan(args),
+        (Some(Command::Check(args)), _) => preflight::check(args),
+        (None, Some(args)) => launch::launch(args),
+        (None, None) => unreachable!("clap asks for a config or a command"),
+    }
+}
+
+/// Prints a line to stderr, which may be closed.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Prints a line to stdout, which may be closed.
+fn print(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

@@ -1,0 +1,293 @@
+//! Everything that can be known to be wrong before a rank starts: config, model files, tokenizer, data, output folder.
+//! A run does this first; `fsdp-launch check` does nothing else and prints what it found.
+
+use std::path::{Path, PathBuf};
+
+use fsdp_checkpoint::hf_folder::ModelFolder;
+use fsdp_checkpoint::sharded::{self, Manifest};
+use fsdp_config::{ConfigError, Init, JobConfig, Resume, compatible_for_resume};
+use fsdp_control::ExitStatus;
+use fsdp_data::{DataSpec, TextTokenizer};
+use fsdp_plan::plan::format_bytes;
+use fsdp_plan::{Architecture, Unit, units};
+use rustix::fs::Access;
+
+use crate::cli::{BackendArg, JobArgs};
+use crate::failure::Failure;
+use crate::machine;
+
+/// How much of each data file is parsed before the run.
+const DATA_LIMIT_BYTES: u64 = 64 << 20;
+
+/// A job in which nothing wrong was found.
+#[derive(Debug)]
+pub struct Checked {
+    pub config: JobConfig,
+    /// (What, what is known of it), for a person.
+    facts: Vec<(&'static str, String)>,
+}
+
+/// `fsdp-launch check`.
+pub fn check(job: &JobArgs) -> Result<ExitStatus, Failure> {
+    let checked = preflight(job)?;
+    for (what, fact) in &checked.facts {
+        crate::print(&format!("{what:<12}{fact}"));
+    }
+    crate::print("nothing wrong was found");
+    Ok(ExitStatus::Done)
+}
+
+/// Checks the whole job.
+///
+/// # Errors
+/// The first thing that is wrong, from the config outwards.
+pub fn preflight(job: &JobArgs) -> Result<Checked, Failure> {
+    let config = load_config(job)?;
+    let num_microbatches = config.num_microbatches(job.nproc as u64).map_err(Failure::bad_input)?;
+    let mut facts = vec![(
+        "config",
+        format!("{}: {} ranks x {num_microbatches} microbatches a step", job.config.display(), job.nproc),
+    )];
+    let arch = load_architecture(&config)?;
+    let units = units::units(&arch);
+    facts.push(("model", describe_model(&config, &arch, &units)));
+    if config.model.init == Init::Pretrained {
+        facts.push(("weights", check_weights(Path::new(&config.model.path), &units)?));
+    }
+    facts.push(("data", check_data(&config, &arch, &config.data.train)?));
+    if let Some(validation) = &config.validation {
+        if !validation.data.is_empty() {
+            facts.push(("validation", check_data(&config, &arch, &validation.data)?));
+        }
+        check_prompts(&config, &arch, &validation.prompts, validation.max_new_tokens)?;
+    }
+    facts.push(("output", check_output(&config)?));
+    Ok(Checked { config, facts })
+}
+
+/// The config with the flags laid over it.
+pub fn load_config(job: &JobArgs) -> Result<JobConfig, Failure> {
+    let mut sets = job.sets.clone();
+    match job.backend {
+        Some(BackendArg::Nccl) => return Err(refuse_nccl("--backend", job.nproc)),
+        Some(BackendArg::Mpi) => {
+            return Err(Failure::bad_input(
+                "--backend: expected \"auto\" or \"shm\", got \"mpi\", which is not built yet; use --backend shm",
+            ));
+        }
+        Some(BackendArg::Auto) => sets.push("fsdp.backend=auto".to_owned()),
+        Some(BackendArg::Shm) => sets.push("fsdp.backend=shm".to_owned()),
+        None => {}
+    }
+    JobConfig::load(&job.config, &sets).map_err(|error| match error {
+        ConfigError::NotBuilt { at, key, value, .. } if key == "[fsdp] backend" && value == "\"nccl\"" => {
+            refuse_nccl(&format!("{at}: {key}"), job.nproc)
+        }
+        error => Failure::bad_input(error),
+    })
+}
+
+/// NCCL refuses two ranks on one GPU, which stays true once it is built.
+fn refuse_nccl(key: &str, num_ranks: usize) -> Failure {
+    let num_gpus = machine::num_gpus();
+    Failure::bad_input(if num_ranks > num_gpus {
+        format!(
+            "{key}: expected a GPU for each rank with \"nccl\", got {num_ranks} ranks and {num_gpus} GPUs; start fewer \
+             ranks with --nproc, or use \"shm\""
+        )
+    } else {
+        format!("{key}: expected \"auto\" or \"shm\", got \"nccl\", which is not built yet; use \"shm\"")
+    })
+}
+
+/// The architecture of the model folder, long enough for the job's sequences.
+pub fn load_architecture(config: &JobConfig) -> Result<Architecture, Failure> {
+    let folder = Path::new(&config.model.path);
+    if !folder.is_dir() {
+        let hub = match folder.exists() {
+            true => "a file",
+            false if is_hub_id(&config.model.path) => "no such folder (names on a model hub are not built yet)",
+            false => "no such folder",
+        };
+        return Err(Failure::bad_input(format!(
+            "[model] path: expected a folder with config.json, got {:?}: {hub}; download the model and give its folder",
+            config.model.path
+        )));
+    }
+    let arch = Architecture::from_config_json(&folder.join("config.json")).map_err(Failure::bad_input)?;
+    let (seq_len, most) = (config.training.seq_len, arch.max_position_embeddings as u64);
+    if seq_len > most {
+        return Err(Failure::bad_input(format!(
+            "[training] seq_len: expected at most {most}, the max_position_embeddings of {}, got {seq_len}; lower \
+             seq_len, or use a model with a longer context",
+            folder.join("config.json").display()
+        )));
+    }
+    Ok(arch)
+}
+
+/// `owner/name`, as model hubs have it.
+fn is_hub_id(path: &str) -> bool {
+    let is_name = |part: &str| !part.is_empty() && !part.starts_with(['.', '~']);
+    path.split_once('/').is_some_and(|(owner, name)| is_name(owner) && is_name(name) && !name.contains('/'))
+}
+
+fn describe_model(config: &JobConfig, arch: &Architecture, units: &[Unit]) -> String {
+    let num_params: usize = units.iter().map(Unit::num_params).sum();
+    format!(
+        "{}: {:?}, {num_params} parameters in {} blocks, vocabulary {}",
+        config.model.path, arch.family, arch.num_layers, arch.vocab_size
+    )
+}
+
+/// Opens all weight files and compares their headers with the architecture.
+fn check_weights(folder: &Path, units: &[Unit]) -> Result<String, Failure> {
+    let files = ModelFolder::open(folder).map_err(Failure::bad_input)?;
+    let wanted: Vec<(String, Vec<usize>)> =
+        units.iter().flat_map(|unit| &unit.params).map(|param| (param.name.clone(), param.shape.clone())).collect();
+    files.expect(&wanted).map_err(Failure::bad_input)?;
+    Ok(format!("{} tensors, {}, {}", wanted.len(), format_bytes(files.total_bytes()), files.dominant_dtype()))
+}
+
+fn check_data(config: &JobConfig, arch: &Architecture, files: &[PathBuf]) -> Result<String, Failure> {
+    let spec = DataSpec {
+        files: files.to_vec(),
+        format: data_format(config),
+        tokenizer_dir: Some(PathBuf::from(&config.model.path)),
+        vocab_size: arch.vocab_size,
+        seq_len: config.training.seq_len as usize,
+        shuffle: config.data.shuffle,
+        seed: config.training.seed,
+    };
+    let report = fsdp_data::check(&spec, DATA_LIMIT_BYTES).map_err(Failure::bad_input)?;
+    if report.valid_tokens == 0 {
+        return Err(Failure::bad_input(format!(
+            "{}: expected tokens to learn from, got none: all labels are -100 or cut off; check the labels and [training] \
+             seq_len",
+            files[0].display()
+        )));
+    }
+    Ok(format!(
+        "{} samples in {}, {} tokens to learn, the longest has {}, {} are cut to {}",
+        report.samples,
+        format_bytes(report.bytes_checked),
+        report.valid_tokens,
+        report.max_tokens,
+        report.cut,
+        spec.seq_len
+    ))
+}
+
+/// Prompts need a tokenizer, also where the data needs none, and room for the answer.
+fn check_prompts(
+    config: &JobConfig,
+    arch: &Architecture,
+    prompts: &[String],
+    max_new_tokens: u64,
+) -> Result<(), Failure> {
+    if prompts.is_empty() {
+        return Ok(());
+    }
+    let tokenizer = TextTokenizer::open(Path::new(&config.model.path)).map_err(Failure::bad_input)?;
+    tokenizer.check_fits(arch.vocab_size).map_err(Failure::bad_input)?;
+    for prompt in prompts {
+        let num_tokens = tokenizer.encode_prompt(prompt, data_format(config)).map_err(Failure::bad_input)?.len() as u64;
+        let most = arch.max_position_embeddings as u64;
+        if num_tokens + max_new_tokens > most {
+            return Err(Failure::bad_input(format!(
+                "[validation] prompts: expected at most {most} tokens (the model's max_position_embeddings) with \
+                 max_new_tokens = {max_new_tokens}, got a prompt of {num_tokens}; shorten it or lower max_new_tokens"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn data_format(config: &JobConfig) -> fsdp_data::Format {
+    match config.data.format {
+        fsdp_config::Format::Auto => fsdp_data::Format::Auto,
+        fsdp_config::Format::Tokens => fsdp_data::Format::Tokens,
+        fsdp_config::Format::Text => fsdp_data::Format::Text,
+        fsdp_config::Format::Completion => fsdp_data::Format::Completion,
+        fsdp_config::Format::Alpaca => fsdp_data::Format::Alpaca,
+    }
+}
+
+/// The output folder can be written, and what it holds goes together with `resume` and the config.
+fn check_output(config: &JobConfig) -> Result<String, Failure> {
+    let dir = &config.output.dir;
+    let absolute = std::path::absolute(dir).map_err(Failure::bad_input)?;
+    let existing = absolute.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let refused = match rustix::fs::access(existing, Access::WRITE_OK | Access::EXEC_OK) {
+        _ if !existing.is_dir() => Some("is no folder".to_owned()),
+        Ok(()) => None,
+        Err(error) => Some(format!("cannot be written: {error}")),
+    };
+    if let Some(reason) = refused {
+        return Err(Failure::bad_input(format!(
+            "[output] dir: expected a folder that can be written, got {}: {} {reason}; choose another one",
+            dir.display(),
+            existing.display()
+        )));
+    }
+    let checkpoints = sharded::list(&dir.join("checkpoints")).map_err(Failure::bad_input)?;
+    let newest = checkpoints.last();
+    match (&config.checkpoint.resume, newest) {
+        (Resume::Never, Some((_, path))) => {
+            return Err(Failure::bad_input(format!(
+                "[checkpoint] resume: expected an output folder without checkpoints with \"never\", got {}; move them \
+                 away, choose another [output] dir, or use \"auto\"",
+                path.display()
+            )));
+        }
+        (Resume::Auto, Some((_, path))) => check_saved_config(path, config)?,
+        (Resume::Path(path), _) => {
+            if !path.join("manifest.json").is_file() {
+                return Err(Failure::bad_input(format!(
+                    "[checkpoint] resume: expected \"auto\", \"never\" or a checkpoint's folder, got {:?}, which has no \
+                     manifest.json; give a folder such as out/checkpoints/step-00000010",
+                    path.display()
+                )));
+            }
+            check_saved_config(path, config)?;
+        }
+        (Resume::Auto | Resume::Never, None) => {}
+    }
+    Ok(match newest {
+        Some((step, _)) => format!("{}: {} checkpoints, the newest of step {step}", dir.display(), checkpoints.len()),
+        None => format!("{}: no checkpoint yet", dir.display()),
+    })
+}
+
+/// Refuses a config that does not continue the checkpoint's. A manifest that cannot be read is the workers' affair: they
+/// validate checkpoints in full and may fall back to an older one.
+fn check_saved_config(checkpoint: &Path, config: &JobConfig) -> Result<(), Failure> {
+    let Ok(text) = std::fs::read(checkpoint.join("manifest.json")) else { return Ok(()) };
+    let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { return Ok(()) };
+    let origin = format!("{} (saved config)", checkpoint.display());
+    let saved = JobConfig::parse(&origin, &manifest.meta.config).map_err(Failure::bad_input)?;
+    compatible_for_resume(&saved, config).map_err(|differences| {
+        let lines: Vec<String> = differences.iter().map(ToString::to_string).collect();
+        Failure::bad_input(format!("cannot continue {}: {}", checkpoint.display(), lines.join("\n  ")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hub_ids_have_one_slash_between_two_names() {
+        for (path, expected) in [
+            ("meta-llama/Llama-3.2-1B", true),
+            ("models", false),
+            ("./models/tiny", false),
+            ("../tiny", false),
+            ("~/tiny", false),
+            ("/models", false),
+            ("a/b/c", false),
+        ] {
+            assert_eq!(is_hub_id(path), expected, "{path}");
+        }
+    }
+}

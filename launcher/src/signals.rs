@@ -1,0 +1,72 @@
+//! Signals to the launcher, as bytes in two pipes that its loop waits for.
+
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::low_level::pipe;
+
+/// The pipes' reading ends; the other ends belong to the signal handlers, for the rest of the process's life.
+#[derive(Debug)]
+pub struct Signals {
+    /// SIGINT, a byte each.
+    interrupts: UnixStream,
+    /// SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, a byte each.
+    stops: UnixStream,
+    num_interrupts: usize,
+}
+
+/// What arrived since the last look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrived {
+    Nothing,
+    /// A wish to stop: however often it is repeated, it stays one.
+    Stop,
+    /// Ctrl-C pressed again at a terminal: the person does not want to wait.
+    Force,
+}
+
+impl Signals {
+    /// Takes over the five signals.
+    pub fn install() -> io::Result<Self> {
+        let (interrupts, interrupts_writer) = UnixStream::pair()?;
+        let (stops, stops_writer) = UnixStream::pair()?;
+        pipe::register(SIGINT, interrupts_writer)?;
+        for signal in [SIGTERM, SIGHUP, SIGUSR1, SIGUSR2] {
+            pipe::register(signal, stops_writer.try_clone()?)?;
+        }
+        interrupts.set_nonblocking(true)?;
+        stops.set_nonblocking(true)?;
+        Ok(Self { interrupts, stops, num_interrupts: 0 })
+    }
+
+    /// Readable when a signal has arrived.
+    pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.interrupts.as_fd(), self.stops.as_fd()]
+    }
+
+    pub fn take(&mut self) -> Arrived {
+        let num_stops = drain(&mut self.stops);
+        let new_interrupts = drain(&mut self.interrupts);
+        self.num_interrupts += new_interrupts;
+        // Schedulers and wrappers repeat SIGINT too; only a person's second one means more than the first.
+        if new_interrupts > 0 && self.num_interrupts > 1 && io::stdin().is_terminal() {
+            Arrived::Force
+        } else if new_interrupts + num_stops > 0 {
+            Arrived::Stop
+        } else {
+            Arrived::Nothing
+        }
+    }
+}
+
+/// Empties the pipe; returns the number of bytes.
+fn drain(pipe: &mut UnixStream) -> usize {
+    let mut total = 0;
+    let mut bytes = [0; 64];
+    while let Ok(num @ 1..) = pipe.read(&mut bytes) {
+        total += num;
+    }
+    total
+}

@@ -1,0 +1,337 @@
+//! Real launcher, real processes, real signals: who is named, what is left, which status comes back.
+
+mod job;
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use job::{Job, end};
+use rustix::process::{Pid, Signal, kill_process};
+
+fn send(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+/// The ranks that a report names as the first failure.
+fn named(stderr: &str) -> Vec<String> {
+    let lines = stderr.lines().filter_map(|line| line.strip_prefix("fsdp-launch: rank "));
+    lines.map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_finished_run_exits_0_and_leaves_its_config() {
+    let job = Job::new(5);
+    let ended = job.run(3, "0 2 stdout=hello;0 2 print=progress;1 3 print=words", &["--set", "training.seed=7"]);
+    assert_eq!(ended.status, 0, "{ended:?}");
+    assert_eq!(ended.stdout, "rank 0 says hello\n");
+    assert_eq!(ended.stderr, "rank 0 says progress\n");
+    assert_eq!(job.read("out/logs/rank-1.out"), "rank 1 says words\n");
+    assert!(!job.path("out/logs/rank-0.out").exists() && !job.path("out/logs/rank-2.out").exists());
+    assert!(job.read("out/config.toml").contains("seed = 7\n"));
+    job.assert_no_survivors(Duration::ZERO);
+}
+
+#[test]
+fn ranks_get_their_place_threads_and_a_process_group_of_their_own() {
+    let job = Job::new(1);
+    let cores = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(job.run(2, "", &[]).status, 0);
+    for rank in 0..2 {
+        let started = job.read(&format!("out/started-{rank}"));
+        let pid = started.strip_prefix("pid=").unwrap().split(' ').next().unwrap();
+        for part in [
+            format!("group={pid} "),
+            format!("threads={} ", (cores / 2).max(1)),
+            format!("rank: {rank}, local_rank: {rank}, world_size: 2, local_world_size: 2, group_rank: 0"),
+        ] {
+            assert!(started.contains(&part), "{part:?} is not in {started}");
+        }
+    }
+    let mut command = job.command(&["job.toml", "--nproc-per-node=1"]);
+    assert_eq!(end(command.env("OMP_NUM_THREADS", "7").spawn().unwrap()).status, 0);
+    assert!(job.read("out/started-0").contains("threads=7 "));
+}
+
+/// Whatever kills a rank and whenever: that rank is named, not one of those that then miss it.
+#[test]
+fn the_first_failure_is_named_over_repeated_kills() {
+    let job = Job::new(1000);
+    for round in 0..24 {
+        let (culprit, step) = (round % 4, 1 + round % 5);
+        let (action, says) = [
+            ("signal=9", "was killed by SIGKILL"),
+            ("signal=4", "was killed by SIGILL"),
+            ("exit=3", "exited with status 3"),
+            ("exit=1", "exited with status 1"),
+            ("fail=1", "failed"),
+            ("signal=6", "was killed by SIGABRT"),
+        ][round % 6];
+        let ended = job.run(4, &format!("{culprit} {step} {action}"), &[]);
+        assert_eq!(ended.status, 1, "round {round}: {ended:?}");
+        assert_eq!(named(&ended.stderr), [culprit.to_string()], "round {round}: {ended:?}");
+        assert!(ended.stderr.contains(says) && ended.stderr.contains(&format!("at step {step}")), "{ended:?}");
+        assert!(ended.took < Duration::from_secs(5), "{ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
+/// The same with kills from outside at any moment of a second.
+#[test]
+fn a_rank_killed_from_outside_is_named() {
+    let job = Job::new(1_000_000);
+    for round in 0..8 {
+        let _ = std::fs::remove_dir_all(job.path("out"));
+        let child = job.start(4, "", &[]);
+        let pids = job.wait_for_ranks(4);
+        std::thread::sleep(Duration::from_millis(37 * round));
+        let culprit = round as usize % 4;
+        send(pids[culprit] as u32, Signal::KILL);
+        let ended = end(child);
+        assert_eq!(ended.status, 1, "{ended:?}");
+        assert_eq!(named(&ended.stderr), [culprit.to_string()], "{ended:?}");
+        assert!(ended.took < Duration::from_secs(3), "{ended:?}");
+        assert!(ended.stderr.contains(&format!("pid {}", pids[culprit])), "{ended:?}");
+        let record = job.read(&format!("out/logs/error-rank-{culprit}.json"));
+        assert!(record.contains("\"kind\": \"signal\"") && record.contains("\"primary\": true"), "{record}");
+    }
+}
+
+#[test]
+fn a_failed_ranks_status_and_last_lines_come_through() {
+    let job = Job::new(100);
+    for (script, args, status) in [
+        ("1 3 print=words;1 4 fail=2", &[][..], 2),
+        ("1 3 print=words;1 4 fail=93", &[][..], 93),
+        ("1 3 print=words;1 4 fail=1", &[][..], 1),
+        ("1 3 print=words;1 4 fail=1", &["--set", "checkpoint.every_steps=2"][..], 75),
+    ] {
+        let _ = std::fs::remove_dir_all(job.path("out"));
+        let ended = job.run(2, script, args);
+        assert_eq!(ended.status, status, "{ended:?}");
+        for part in ["failed at step 4: the loss is NaN", "  | rank 1 says words"] {
+            assert!(ended.stderr.contains(part), "{part:?} is not in {ended:?}");
+        }
+        let says_checkpoint = ended.stderr.contains("out/checkpoints/step-00000002 is committed");
+        assert_eq!(says_checkpoint, status == 75, "{ended:?}");
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named_by_the_timeout_of_the_others() {
+    for (script, says) in [("2 3 signal=19", "is suspended and did not come"), ("2 3 hang", "did not come")] {
+        let job = Job::new(100);
+        let ended = job.run(3, script, &["--set", "fsdp.timeout_secs=1"]);
+        assert_eq!(ended.status, 1, "{ended:?}");
+        assert_eq!(named(&ended.stderr).first().map(String::as_str), Some("2"), "{ended:?}");
+        assert!(ended.stderr.contains(says) && ended.stderr.contains("step 3"), "{ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
+#[test]
+fn a_rank_that_ignores_the_end_of_the_others_is_killed_after_the_grace() {
+    let job = Job::new(100);
+    let ended = job.run(3, "2 3 hang;1 3 signal=9", &[]);
+    assert_eq!((ended.status, named(&ended.stderr)), (1, vec!["1".to_owned()]), "{ended:?}");
+    assert!(ended.took > Duration::from_secs(5) && ended.took < Duration::from_secs(9), "{ended:?}");
+    job.assert_no_survivors(Duration::ZERO);
+}
+
+#[test]
+fn a_suspended_rank_is_killed_at_once_when_another_fails() {
+    let job = Job::new(1_000_000);
+    let child = job.start(3, "", &["--set", "fsdp.timeout_secs=60"]);
+    let pids = job.wait_for_ranks(3);
+    send(pids[2] as u32, Signal::STOP);
+    send(pids[1] as u32, Signal::KILL);
+    let ended = end(child);
+    assert_eq!((ended.status, named(&ended.stderr)), (1, vec!["1".to_owned()]), "{ended:?}");
+    assert!(ended.took < Duration::from_secs(4), "{ended:?}");
+    job.assert_no_survivors(Duration::ZERO);
+}
+
+#[test]
+fn a_killed_launcher_leaves_no_rank() {
+    for round in 0..5 {
+        let job = Job::new(1_000_000);
+        let mut child = job.start(4, "3 2 hang", &[]);
+        job.wait_for_ranks(4);
+        std::thread::sleep(Duration::from_millis(round * 11));
+        assert!(job.survivors().len() >= 5, "four ranks and the launcher");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        job.assert_no_survivors(Duration::from_secs(2));
+        // The folder's lock went with the launcher.
+        assert_eq!(job.run(1, "", &["--set", "training.steps=1"]).status, 0);
+    }
+}
+
+#[test]
+fn signals_make_the_ranks_save_and_exit_75_however_often_they_come() {
+    let twice = |signal| vec![signal, signal];
+    for signals in [
+        vec![Signal::TERM],
+        vec![Signal::INT],
+        vec![Signal::USR1],
+        vec![Signal::USR2],
+        vec![Signal::HUP],
+        twice(Signal::TERM),
+        twice(Signal::INT),
+        vec![Signal::USR1, Signal::TERM, Signal::TERM, Signal::INT, Signal::INT],
+    ] {
+        let job = Job::new(1_000_000);
+        let child = job.start(3, "", &[]);
+        job.wait_for_ranks(3);
+        for &signal in &signals {
+            // The run may have ended before the last of them.
+            let _ = kill_process(Pid::from_raw(child.id() as i32).unwrap(), signal);
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        let ended = end(child);
+        assert_eq!(ended.status, 75, "{signals:?}: {ended:?}");
+        let checkpoints = job.checkpoints();
+        assert_eq!(checkpoints.len(), 1, "{signals:?}: {checkpoints:?}");
+        let line = format!("fsdp-launch: stopped; out/checkpoints/{} is committed", checkpoints[0]);
+        assert_eq!(ended.stderr.matches(&line).count(), 1, "{signals:?}: {ended:?}");
+        assert_eq!(ended.stderr.lines().count(), 2, "{signals:?}: {ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
+#[test]
+fn a_signal_to_one_rank_or_to_all_processes_stops_the_run_as_well() {
+    for to_all in [false, true] {
+        let job = Job::new(1_000_000);
+        let child = job.start(3, "", &[]);
+        let pids = job.wait_for_ranks(3);
+        if to_all {
+            pids.iter().for_each(|&pid| send(pid as u32, Signal::TERM));
+            send(child.id(), Signal::TERM);
+        } else {
+            send(pids[1] as u32, Signal::USR1);
+        }
+        let ended = end(child);
+        assert_eq!((ended.status, job.checkpoints().len()), (75, 1), "{ended:?}");
+    }
+}
+
+/// From the first moment on: no status but 75, no process left.
+#[test]
+fn signals_while_ranks_start_end_the_run_too() {
+    for delay_ms in [0, 5, 10, 15, 20, 30] {
+        let job = Job::new(1_000_000);
+        let child = job.start(4, "", &[]);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !job.path("out/config.toml").exists() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(10 + delay_ms));
+        send(child.id(), Signal::TERM);
+        let ended = end(child);
+        assert_eq!(ended.status, 75, "{delay_ms} ms: {ended:?}");
+        assert!(ended.took < Duration::from_secs(10), "{ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
+/// A person who presses Ctrl-C again does not want to wait; without a terminal the second one changes nothing.
+#[test]
+fn a_second_ctrl_c_at_a_terminal_ends_ranks_that_hang() {
+    let job = Job::new(1_000_000);
+    let terminal = rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
+    rustix::pty::grantpt(&terminal).unwrap();
+    rustix::pty::unlockpt(&terminal).unwrap();
+    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+    let stdin = std::fs::File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
+    let mut command = job.command(&["--nproc", "2", "job.toml"]);
+    command.env("WORKER_SCRIPT", "1 2 hang").stdin(Stdio::from(stdin));
+    let child = command.spawn().unwrap();
+    job.wait_for_ranks(2);
+    send(child.id(), Signal::INT);
+    std::thread::sleep(Duration::from_millis(200));
+    send(child.id(), Signal::INT);
+    let ended = end(child);
+    assert_eq!(ended.status, 1, "{ended:?}");
+    assert!(ended.stderr.contains("killed before they had saved"), "{ended:?}");
+    assert!(ended.took < Duration::from_secs(3), "{ended:?}");
+    job.assert_no_survivors(Duration::ZERO);
+}
+
+#[test]
+fn nobody_reading_stderr_does_not_hurt() {
+    // Closed pipes, closed descriptors, and a reader that sleeps while rank 0 prints 20 MB.
+    let job = Job::new(20);
+    for (script, status) in [("0 3 print=words", 0), ("0 3 print=words;1 5 signal=9", 1)] {
+        let mut child = job.start(2, script, &[]);
+        drop((child.stdout.take(), child.stderr.take()));
+        assert_eq!(end(child).status, status);
+
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", "exec bin/fsdp-launch --nproc 2 job.toml >&- 2>&-"]).current_dir(job.dir.path());
+        shell.env("WORKER_SCRIPT", script).stdout(Stdio::null()).stderr(Stdio::null());
+        assert_eq!(end(shell.spawn().unwrap()).status, status);
+    }
+    let mut child = job.start(2, "0 3 spew=20000;1 4 spew=20000", &[]);
+    let start = Instant::now();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert_eq!(job.read("out/logs/rank-1.out").lines().count(), 20_000);
+}
+
+#[test]
+fn what_ranks_started_ends_with_them_and_holds_nothing_up() {
+    for (script, status) in [
+        ("1 2 child", 0),
+        ("1 2 escape", 0),
+        ("0 2 child;0 3 escape;1 2 child;1 4 signal=9", 1),
+        ("* 2 escape;1 4 exit=1", 1),
+    ] {
+        let job = Job::new(10);
+        let ended = job.run(2, script, &[]);
+        assert_eq!(ended.status, status, "{script}: {ended:?}");
+        assert!(ended.took < Duration::from_secs(4), "{script}: {ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
+#[test]
+fn a_folder_in_use_is_refused_with_its_holders_pid() {
+    let job = Job::new(1_000_000);
+    let child = job.start(1, "", &[]);
+    job.wait_for_ranks(1);
+    std::fs::remove_file(job.path("out/started-0")).unwrap();
+    let second = job.run(1, "", &[]);
+    assert_eq!(second.status, 2, "{second:?}");
+    assert!(second.stderr.contains(&format!("in use by fsdp-launch (pid {} on host", child.id())), "{second:?}");
+    assert_eq!(job.num_ranks_started(), 0);
+    send(child.id(), Signal::TERM);
+    assert_eq!(end(child).status, 75);
+}
+
+#[test]
+fn a_port_in_use_is_named_and_no_rank_starts() {
+    let job = Job::new(5);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let ended = job.run(2, "", &["--master-port", &port]);
+    assert_eq!(ended.status, 2, "{ended:?}");
+    assert!(ended.stderr.contains(&format!("port {port}")) && ended.stderr.contains("in use"), "{ended:?}");
+    assert!(ended.took < Duration::from_secs(2), "{ended:?}");
+    assert_eq!(job.num_ranks_started(), 0);
+    drop(listener);
+    assert_eq!(job.run(2, "", &["--master_port", &port]).status, 0);
+}
+
+#[test]
+fn a_missing_worker_is_named() {
+    let job = Job::new(5);
+    std::fs::remove_file(job.path("bin/fsdp-train")).unwrap();
+    let ended = job.run(2, "", &[]);
+    assert_eq!(ended.status, 1, "{ended:?}");
+    assert!(ended.stderr.contains("bin/fsdp-train: expected the worker's binary beside fsdp-launch"), "{ended:?}");
+    // A file that is no program is noticed when the first rank starts.
+    job.write("bin/fsdp-train", "no program");
+    assert_eq!(job.run(2, "", &[]).status, 1);
+}

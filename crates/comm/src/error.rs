@@ -10,10 +10,14 @@ use tch::Kind;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommError {
-    #[error("rank {rank} lost {} in {call}", ranks(.lost))]
+    #[error("rank {rank}: {} ended before {call} was complete", ranks(.lost))]
     PeerLost { rank: usize, lost: Vec<usize>, call: Call },
 
-    #[error("rank {rank} waited {} s in {call} for {} {phase}", .waited.as_secs(), ranks(.missing))]
+    #[error(
+        "rank {rank}: {} did not {phase} {call} within {:.1} s; a process that hangs or is stopped does that, and one \
+         that is only slow needs a longer fsdp.timeout_secs",
+        ranks(.missing), .waited.as_secs_f64()
+    )]
     Timeout { rank: usize, missing: Vec<usize>, phase: Phase, waited: Duration, call: Call },
 
     #[error("ranks call different collectives: rank {rank} is in {call}, rank {other_rank} in {other_call}")]
@@ -59,7 +63,7 @@ impl CommError {
     }
 }
 
-/// What a rank waits for.
+/// What a rank waits for. Shown as what a missing rank did not do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Phase {
@@ -72,8 +76,8 @@ pub enum Phase {
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Phase::Written => "to enter it",
-            Phase::Released => "to release the buffer",
+            Phase::Written => "enter",
+            Phase::Released => "release the buffer for",
         })
     }
 }
@@ -97,21 +101,21 @@ pub struct Call {
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} number {}", self.op, self.seq)?;
+        let mut about = Vec::new();
         match self.op {
-            Op::AllReduce => write!(f, " ({})", if self.detail == 0 { "sum" } else { "max" })?,
-            Op::Broadcast => write!(f, " (from rank {})", self.detail)?,
+            Op::AllReduce => about.push(if self.detail == 0 { "sum".to_owned() } else { "max".to_owned() }),
+            Op::Broadcast => about.push(format!("from rank {}", self.detail)),
             _ => {}
         }
-        if self.num_bytes > 0 {
-            write!(f, " of {} bytes", self.num_bytes)?;
-        }
-        if let Some(kind) = self.kind {
-            write!(f, " of {kind:?}")?;
+        match self.kind {
+            Some(kind) => about.push(format!("{} bytes of {kind:?}", self.num_bytes)),
+            None if self.num_bytes > 0 => about.push(format!("{} bytes", self.num_bytes)),
+            None => {}
         }
         if !self.unit.is_empty() {
-            write!(f, " for {}", self.unit)?;
+            about.push(self.unit.clone());
         }
-        Ok(())
+        if about.is_empty() { Ok(()) } else { write!(f, " ({})", about.join(", ")) }
     }
 }
 
@@ -119,4 +123,43 @@ impl fmt::Display for Call {
 fn ranks(ranks: &[usize]) -> String {
     let list = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     format!("rank{} {list}", if ranks.len() == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_ranks_collective_number_and_unit() {
+        let call = Call {
+            op: Op::AllGather,
+            seq: 41,
+            kind: Some(Kind::BFloat16),
+            num_bytes: 2048,
+            detail: 0,
+            unit: "layers.3".into(),
+        };
+        let barrier = Call { op: Op::Barrier, seq: 7, kind: None, num_bytes: 0, detail: 0, unit: String::new() };
+        let sum = Call { op: Op::AllReduce, ..call.clone() };
+        let waited = Duration::from_millis(5000);
+        for (error, expected) in [
+            (
+                CommError::PeerLost { rank: 0, lost: vec![1, 3], call: call.clone() },
+                "rank 0: ranks 1, 3 ended before all_gather number 41 (2048 bytes of BFloat16, layers.3) was complete",
+            ),
+            (
+                CommError::Timeout { rank: 2, missing: vec![1], phase: Phase::Released, waited, call },
+                "rank 2: rank 1 did not release the buffer for all_gather number 41 (2048 bytes of BFloat16, layers.3) \
+                 within 5.0 s; ",
+            ),
+            (
+                CommError::Mismatch { rank: 0, call: barrier, other_rank: 1, other_call: sum },
+                "ranks call different collectives: rank 0 is in barrier number 7, rank 1 in all_reduce number 41 \
+                 (sum, 2048 bytes of BFloat16, layers.3)",
+            ),
+        ] {
+            let message = error.to_string();
+            assert!(message.starts_with(expected), "{message}");
+        }
+    }
 }

@@ -183,7 +183,7 @@ impl ProcessGroup {
         group.broadcast(tensor, root)
     }
 
-    /// `out` [world_size * n] = the `input`s [n] of all ranks in order of rank (any shapes of that many elements).
+    /// `out`, of world_size * n elements, = the `input`s of n elements of all ranks, in order of rank.
     ///
     /// # Errors
     /// As for [`ProcessGroup::start_all_reduce`].
@@ -192,7 +192,7 @@ impl ProcessGroup {
         group.all_gather_into_tensor(out, input)
     }
 
-    /// `out` [n] = this rank's piece of the sum of all `input`s [world_size * n].
+    /// `out`, of n elements, = this rank's piece of the sum of all `input`s of world_size * n elements.
     ///
     /// # Errors
     /// As for [`ProcessGroup::start_all_reduce`].

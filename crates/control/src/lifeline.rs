@@ -68,9 +68,8 @@ pub fn watch(fd: RawFd) -> Result<(), ControlError> {
 }
 
 /// Prepares `command` to start a rank: it gets a process group of its own (a terminal's Ctrl-C reaches the launcher
-/// only), SIGKILL when the launcher dies, the descriptors `inherit` under their present numbers, and SIGUSR1 and
-/// SIGUSR2 blocked until it calls [`stop::StopFlag::install`] (schedulers send them to every process of a job at any
-/// time, and their default is death).
+/// only), SIGKILL when the launcher dies, the descriptors `inherit` under their present numbers, and the signals that ask
+/// to stop blocked until it calls [`stop::StopFlag::install`] (they come at any time, and their default is death).
 ///
 /// Spawn from the main thread: the kernel ties the death signal to the *thread* that spawned.
 pub fn prepare_child(command: &mut Command, inherit: &[RawFd]) {
@@ -82,7 +81,7 @@ pub fn prepare_child(command: &mut Command, inherit: &[RawFd]) {
         if rustix::process::getppid() != Some(launcher) {
             return Err(Errno::SRCH.into()); // the launcher died before the signal was set
         }
-        stop::block_user_signals()?;
+        stop::block_signals()?;
         for &fd in &inherit {
             // SAFETY: the caller keeps the descriptors open until the spawn; borrowed only for this call.
             let fd = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };
@@ -97,7 +96,7 @@ pub fn prepare_child(command: &mut Command, inherit: &[RawFd]) {
 /// Makes this process the parent of its descendants' orphans, so that it can end and reap what a dead rank left.
 ///
 /// # Errors
-/// The kernel refuses (it has done so since Linux 3.4 never).
+/// The kernel is older than Linux 3.4.
 pub fn become_subreaper() -> Result<(), ControlError> {
     rustix::process::set_child_subreaper(Some(Pid::INIT))
         .map_err(|source| ControlError::system("cannot become the reaper of orphans", source))

@@ -8,6 +8,9 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::ControlError;
 
+/// The signals that ask to stop.
+const SIGNALS: [i32; 5] = [SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2];
+
 /// Set once SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 has arrived. Clones share the flag.
 ///
 /// More signals change nothing: schedulers send them twice.
@@ -25,7 +28,7 @@ impl StopFlag {
     pub fn install() -> Result<Self, ControlError> {
         let failed = |source| ControlError::system("cannot install signal handlers", source);
         let signal = Arc::new(AtomicUsize::new(0));
-        for number in [SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2] {
+        for number in SIGNALS {
             signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize).map_err(failed)?;
         }
         change_mask(libc::SIG_UNBLOCK).map_err(failed)?;
@@ -45,8 +48,8 @@ impl StopFlag {
     }
 }
 
-/// Blocks SIGUSR1 and SIGUSR2 in this thread. Makes system calls only, so it may run between fork and exec.
-pub(crate) fn block_user_signals() -> io::Result<()> {
+/// Blocks the five signals in this thread. Makes system calls only, so it may run between fork and exec.
+pub(crate) fn block_signals() -> io::Result<()> {
     change_mask(libc::SIG_BLOCK)
 }
 
@@ -55,8 +58,9 @@ fn change_mask(how: libc::c_int) -> io::Result<()> {
     let error = unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, SIGUSR1);
-        libc::sigaddset(&mut set, SIGUSR2);
+        for number in SIGNALS {
+            libc::sigaddset(&mut set, number);
+        }
         libc::pthread_sigmask(how, &set, std::ptr::null_mut())
     };
     if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }

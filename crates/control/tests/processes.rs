@@ -59,6 +59,16 @@ fn role() {
             }
             std::thread::sleep(LONG);
         }
+        // A child leaves a child of its own behind; both are this process's to reap.
+        "reaper" => {
+            lifeline::become_subreaper().unwrap();
+            let shell = Command::new("sh").args(["-c", "sleep 60 >/dev/null 2>&1 & echo $!"]).output().unwrap();
+            let orphan = String::from_utf8(shell.stdout).unwrap();
+            let orphan = Pid::from_raw(orphan.trim().parse().unwrap()).unwrap();
+            rustix::process::kill_process(orphan, Signal::KILL).unwrap();
+            let ended = rustix::process::waitpid(Some(orphan), rustix::process::WaitOptions::empty()).unwrap().unwrap();
+            println!("reaped {}", ended.0 == orphan);
+        }
         // Only the lifeline, as for a child's child, which the death signal does not reach.
         "rank-lifeline" => {
             rustix::process::set_parent_process_death_signal(None).unwrap();
@@ -143,18 +153,27 @@ fn progress_is_seen_across_processes() {
     rank.wait().unwrap();
 }
 
-/// SIGUSR1 arrives before the rank has its handlers, and must neither kill it nor be lost.
 #[test]
-fn an_early_user_signal_is_kept_until_the_handlers_are_there() {
-    let mut command = command("rank-stops");
-    lifeline::prepare_child(command.stdin(Stdio::piped()), &[]);
-    let mut rank = command.spawn().unwrap();
-    wait_for_line(&mut rank, "ready");
-    rustix::process::kill_process(Pid::from_child(&rank), Signal::USR1).unwrap();
-    std::thread::sleep(Duration::from_millis(50));
-    std::io::Write::write_all(rank.stdin.as_mut().unwrap(), b"\n").unwrap();
-    wait_for_line(&mut rank, "stopped by SIGUSR1");
-    assert!(rank.wait().unwrap().success());
+fn orphans_come_to_the_subreaper() {
+    let mut reaper = command("reaper").spawn().unwrap();
+    wait_for_line(&mut reaper, "reaped true");
+    assert!(reaper.wait().unwrap().success());
+}
+
+/// A signal arrives before the rank has its handlers, and must neither kill it nor be lost.
+#[test]
+fn an_early_signal_is_kept_until_the_handlers_are_there() {
+    for (signal, name) in [(Signal::USR1, "SIGUSR1"), (Signal::TERM, "SIGTERM"), (Signal::HUP, "SIGHUP")] {
+        let mut command = command("rank-stops");
+        lifeline::prepare_child(command.stdin(Stdio::piped()), &[]);
+        let mut rank = command.spawn().unwrap();
+        wait_for_line(&mut rank, "ready");
+        rustix::process::kill_process(Pid::from_child(&rank), signal).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        std::io::Write::write_all(rank.stdin.as_mut().unwrap(), b"\n").unwrap();
+        wait_for_line(&mut rank, &format!("stopped by {name}"));
+        assert!(rank.wait().unwrap().success());
+    }
 }
 
 #[test]

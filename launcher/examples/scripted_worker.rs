@@ -86,6 +86,8 @@ impl Worker {
     }
 
     fn act(&self, action: &str) {
+        let name = format!("acted-{}-{}", self.env.rank, self.step);
+        std::fs::write(self.config.output.dir.join(name), action).unwrap();
         let (name, value) = action.split_once('=').unwrap_or((action, ""));
         let number = || value.parse::<i32>().unwrap();
         match name {

@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal};
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::rank::{RankProcess, RankStart};
-use crate::signals::Signals;
+use crate::signals::{Arrived, Signals};
 use crate::supervise::Supervisor;
 use crate::{preflight, processes, verdict};
 
@@ -35,6 +35,8 @@ const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
 pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
     refuse_more_machines(args)?;
     let checked = preflight::preflight(&args.job)?;
+    // From here on a signal does not end the launcher: it ends the run.
+    let mut signals = Signals::install().map_err(|e| Failure::failed(format!("cannot take over signals: {e}")))?;
     let worker = worker_binary()?;
     let dir = &checked.config.output.dir;
     let log_dir = dir.join("logs");
@@ -50,10 +52,13 @@ pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
     })?;
     let spare = processes::children();
     lifeline::become_subreaper().map_err(Failure::failed)?;
-    let signals = Signals::install().map_err(|e| Failure::failed(format!("cannot take over signals: {e}")))?;
     let lifeline = Lifeline::new().map_err(Failure::failed)?;
     let progress = Progress::create(args.job.nproc).map_err(Failure::failed)?;
     let inherit = [lifeline.inherit_fd(), progress.inherit_fd()];
+    if signals.take() != Arrived::Nothing {
+        crate::say("fsdp-launch: stopped before the ranks started; run the same command again");
+        return Ok(ExitStatus::Stopped);
+    }
     let ranks = start_ranks(args.job.nproc, &spare, |rank| RankStart {
         program: &worker,
         config: &config_path,

@@ -1,10 +1,9 @@
 //! `fsdp-launch plan`: memory, traffic and operations of a job, without running it. Needs the config and the model's
 //! `config.json`, neither weights nor data.
 
-use fsdp_config::{JobConfig, Recompute, Strategy};
 use fsdp_control::ExitStatus;
+use fsdp_plan::Plan;
 use fsdp_plan::plan::format_bytes;
-use fsdp_plan::{Architecture, Dtype, Plan, PlanInput};
 use serde_json::{Value, json};
 
 use crate::cli::PlanArgs;
@@ -15,7 +14,7 @@ use crate::preflight;
 pub fn plan(args: &PlanArgs) -> Result<ExitStatus, Failure> {
     let config = preflight::load_config(&args.job)?;
     let arch = preflight::load_architecture(&config)?;
-    let plan = job_plan(&config, arch, args.job.nproc)?;
+    let plan = Plan::for_job(&config, arch, args.job.nproc).map_err(Failure::bad_input)?;
     if args.json {
         crate::print(&format!("{:#}", as_json(&plan, args.device_memory)));
     } else {
@@ -27,34 +26,6 @@ pub fn plan(args: &PlanArgs) -> Result<ExitStatus, Failure> {
         }
     }
     Ok(ExitStatus::Done)
-}
-
-fn job_plan(config: &JobConfig, arch: Architecture, world_size: usize) -> Result<Plan, Failure> {
-    let accumulation = config.num_microbatches(world_size as u64).map_err(Failure::bad_input)?;
-    let input = PlanInput {
-        world_size,
-        strategy: match config.fsdp.strategy {
-            Strategy::FullShard => fsdp_plan::Strategy::FullShard,
-        },
-        prefetch: config.fsdp.prefetch as usize,
-        recompute: config.activation_checkpointing.mode == Recompute::Full,
-        accumulation: accumulation as usize,
-        micro_batch_size: config.training.micro_batch_size as usize,
-        seq_len: config.training.seq_len as usize,
-        compute_dtype: plan_dtype(config.precision.param),
-    };
-    Ok(Plan::new(arch, &input, |name| {
-        let (param, reduce) = config.precision.dtypes_of(name);
-        (plan_dtype(param), plan_dtype(reduce))
-    }))
-}
-
-fn plan_dtype(dtype: fsdp_config::Dtype) -> Dtype {
-    match dtype {
-        fsdp_config::Dtype::Fp32 => Dtype::Fp32,
-        fsdp_config::Dtype::Bf16 => Dtype::Bf16,
-        fsdp_config::Dtype::Fp16 => Dtype::Fp16,
-    }
 }
 
 fn as_json(plan: &Plan, device_bytes: Option<u64>) -> Value {

@@ -155,7 +155,7 @@ fn a_killed_launcher_leaves_no_rank() {
     for round in 0..5 {
         let job = Job::new(1_000_000);
         let mut child = job.start(4, "3 2 hang", &[]);
-        job.wait_for_ranks(4);
+        job.wait_for("out/acted-3-2");
         std::thread::sleep(Duration::from_millis(round * 11));
         assert!(job.survivors().len() >= 5, "four ranks and the launcher");
         child.kill().unwrap();
@@ -221,12 +221,8 @@ fn signals_while_ranks_start_end_the_run_too() {
     for delay_ms in [0, 5, 10, 15, 20, 30] {
         let job = Job::new(1_000_000);
         let child = job.start(4, "", &[]);
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !job.path("out/config.toml").exists() {
-            assert!(Instant::now() < deadline);
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(10 + delay_ms));
+        job.wait_for("out/config.toml");
+        std::thread::sleep(Duration::from_millis(delay_ms));
         send(child.id(), Signal::TERM);
         let ended = end(child);
         assert_eq!(ended.status, 75, "{delay_ms} ms: {ended:?}");
@@ -247,7 +243,7 @@ fn a_second_ctrl_c_at_a_terminal_ends_ranks_that_hang() {
     let mut command = job.command(&["--nproc", "2", "job.toml"]);
     command.env("WORKER_SCRIPT", "1 2 hang").stdin(Stdio::from(stdin));
     let child = command.spawn().unwrap();
-    job.wait_for_ranks(2);
+    job.wait_for("out/acted-1-2");
     send(child.id(), Signal::INT);
     std::thread::sleep(Duration::from_millis(200));
     send(child.id(), Signal::INT);

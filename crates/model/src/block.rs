@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::attention::{Attention, sliding_window_mask};
 use crate::linear::{Linear, write_grad};
-use crate::{BatchShape, ModelError, RopeTables};
+use crate::{BatchShape, ModelError, RopeTables, norm};
 
 /// One block: which of its unit's parameters are what, and its sizes. Parameters and gradients are slices in the order
 /// of the unit's parameters.
@@ -110,7 +110,7 @@ impl Block {
         rope: &RopeTables,
         shape: BatchShape,
     ) -> Result<Activations, ModelError> {
-        let (h1, input_rstd) = kernels::rms_norm(&x, &params[self.input_norm], self.eps)?;
+        let (h1, input_rstd) = norm::forward(&x, &params[self.input_norm], self.eps)?;
         let mut q = self.q.forward(params, &h1)?;
         let mut k = self.k.forward(params, &h1)?;
         let v = self.v.forward(params, &h1)?;
@@ -125,13 +125,13 @@ impl Block {
                 k_rstd,
             });
         }
-        let q = self.rotate(&q, rope, false)?;
-        let k = self.rotate(&k, rope, false)?;
+        kernels::rope_(&mut q, &rope.cos, &rope.sin, false)?;
+        kernels::rope_(&mut k, &rope.cos, &rope.sin, false)?;
 
         let (attn, logsumexp) = self.attention.forward(&q, &k, &v, shape)?;
 
         let r = self.o.forward_add(params, &attn, &x)?;
-        let (h2, post_rstd) = kernels::rms_norm(&r, &params[self.post_norm], self.eps)?;
+        let (h2, post_rstd) = norm::forward(&r, &params[self.post_norm], self.eps)?;
         let gate = self.gate.forward(params, &h2)?;
         let up = self.up.forward(params, &h2)?;
         Ok(Activations { x, input_rstd, h1, q, k, v, qk, attn, logsumexp, r, post_rstd, h2, gate, up })
@@ -162,7 +162,7 @@ impl Block {
         let dh2 = self.gate.backward_input(params, &d_gate)?;
         let dh2 = self.up.backward_input_add(params, &d_up, dh2)?;
         drop((d_gate, d_up));
-        let (mut dr, d_norm) = kernels::rms_norm_backward(&dh2, &r, &params[self.post_norm], &post_rstd)?;
+        let (mut dr, d_norm) = norm::backward(&dh2, &r, &params[self.post_norm], &post_rstd)?;
         write_grad(&grads[self.post_norm], &d_norm)?;
         drop((dh2, r));
         let _ = dr.f_add_(&dy)?;
@@ -170,11 +170,11 @@ impl Block {
         self.o.backward_params(params, grads, &dr, &attn)?;
         let d_attn = self.o.backward_input(params, &dr)?;
 
-        let (dq, dk, dv) = self.attention.backward(&d_attn, &q, &k, &v, &attn, &logsumexp, shape)?;
+        let (mut dq, mut dk, dv) = self.attention.backward(&d_attn, &q, &k, &v, &attn, &logsumexp, shape)?;
         drop((d_attn, q, k, v, attn));
 
-        let mut dq = self.rotate(&dq, rope, true)?;
-        let mut dk = self.rotate(&dk, rope, true)?;
+        kernels::rope_(&mut dq, &rope.cos, &rope.sin, true)?;
+        kernels::rope_(&mut dk, &rope.cos, &rope.sin, true)?;
         if let (Some((q_norm, k_norm)), Some(kept)) = (self.qk_norm, qk) {
             dq = self.head_norm_backward(&dq, &kept.q, &kept.q_rstd, &params[q_norm], &grads[q_norm])?;
             dk = self.head_norm_backward(&dk, &kept.k, &kept.k_rstd, &params[k_norm], &grads[k_norm])?;
@@ -186,19 +186,14 @@ impl Block {
         let dh1 = self.q.backward_input(params, &dq)?;
         let dh1 = self.k.backward_input_add(params, &dk, dh1)?;
         let dh1 = self.v.backward_input_add(params, &dv, dh1)?;
-        let (mut dx, d_norm) = kernels::rms_norm_backward(&dh1, &x, &params[self.input_norm], &input_rstd)?;
+        let (mut dx, d_norm) = norm::backward(&dh1, &x, &params[self.input_norm], &input_rstd)?;
         write_grad(&grads[self.input_norm], &d_norm)?;
         let _ = dx.f_add_(&dr)?;
         Ok(dx)
     }
 
-    /// Rotates each head of `[N, heads * C]` by its position, or back.
-    fn rotate(&self, x: &Tensor, rope: &RopeTables, inverse: bool) -> Result<Tensor, ModelError> {
-        Ok(kernels::rope(x, &rope.cos, &rope.sin, inverse)?)
-    }
-
     fn head_norm(&self, x: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
-        let (y, rstd) = kernels::rms_norm(&x.f_view([-1, self.attention.head_dim])?, weight, self.eps)?;
+        let (y, rstd) = norm::forward(&x.f_view([-1, self.attention.head_dim])?, weight, self.eps)?;
         Ok((y.f_view_as(x)?, rstd))
     }
 
@@ -211,7 +206,7 @@ impl Block {
         grad: &Tensor,
     ) -> Result<Tensor, ModelError> {
         let rows = [-1, self.attention.head_dim];
-        let (dx, d_weight) = kernels::rms_norm_backward(&dy.f_view(rows)?, &x.f_view(rows)?, weight, rstd)?;
+        let (dx, d_weight) = norm::backward(&dy.f_view(rows)?, &x.f_view(rows)?, weight, rstd)?;
         write_grad(grad, &d_weight)?;
         Ok(dx.f_view_as(x)?)
     }

@@ -1,11 +1,12 @@
 //! `config.json` of a Hugging Face model folder -> [`Architecture`].
 //!
 //! Both forms of rotary settings are read: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters`
-//! (transformers 5). Whatever changes the mathematics and is not built is refused by name.
+//! (transformers 5). A key that is left out means what it means to transformers. Whatever changes the mathematics and is
+//! not built is refused by name.
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// The decoder families that are built. They share one block; the differences are fields of [`Architecture`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +24,30 @@ impl Family {
         ("Qwen2ForCausalLM", Family::Qwen2),
         ("Qwen3ForCausalLM", Family::Qwen3),
     ];
+
+    /// `num_key_value_heads`, `head_dim` and `max_position_embeddings` where the file lacks the key; `None` derives the
+    /// size from others, as a `null` in the file does.
+    fn defaults(self) -> (Option<usize>, Option<usize>, usize) {
+        match self {
+            Family::Llama => (None, None, 2048),
+            Family::Mistral => (Some(8), None, 131_072),
+            Family::Qwen2 => (Some(32), None, 32_768),
+            Family::Qwen3 => (Some(32), Some(128), 32_768),
+        }
+    }
 }
+
+/// `sliding_window` and `max_window_layers` where the file lacks the key.
+const DEFAULT_SLIDING_WINDOW: usize = 4096;
+const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
+
+// Above any real model, and low enough that bytes and products of sizes fit into 64 bits.
+const MAX_SIZE: usize = 1 << 22;
+const MAX_LAYERS: usize = 10_000;
+/// Heads of a block, and elements of a head.
+const MAX_HEADS: usize = 1 << 12;
+const MAX_POSITIONS: usize = 1 << 31;
+const MAX_PARAMS: usize = 1 << 40;
 
 /// How rotary frequencies are changed for longer contexts (transformers `modeling_rope_utils.py`).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -90,11 +114,17 @@ impl Architecture {
         Self::parse(&path, &text)
     }
 
+    /// Elements of all matrices, a tied one counted twice.
+    fn num_matrix_params(&self) -> usize {
+        let attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim;
+        let block = self.hidden_size * (attention + 3 * self.intermediate_size);
+        2 * self.vocab_size * self.hidden_size + self.num_layers * block
+    }
+
     /// Parses the text of a `config.json`; `path` is only named in errors.
     pub fn parse(path: &Path, text: &str) -> Result<Self, PlanError> {
-        let value: Value =
-            serde_json::from_str(text).map_err(|source| PlanError::Json { path: path.to_path_buf(), source })?;
-        let keys = Keys { path, map: &value };
+        let map = serde_json::from_str(text).map_err(|source| PlanError::Json { path: path.to_path_buf(), source })?;
+        let keys = Keys { path, map: &map };
 
         let family = keys.family()?;
         keys.must_be("hidden_act", "silu")?;
@@ -106,32 +136,43 @@ impl Architecture {
             return Err(keys.error("partial_rotary_factor", "1 (partial rotation is not built)"));
         }
 
-        let hidden_size = keys.size("hidden_size")?;
-        let num_heads = keys.size("num_attention_heads")?;
-        let num_kv_heads = keys.size_or("num_key_value_heads", num_heads)?;
-        if num_heads % num_kv_heads != 0 {
-            return Err(keys.error("num_key_value_heads", &format!("a divisor of num_attention_heads = {num_heads}")));
-        }
-        if keys.get("head_dim").is_none() && hidden_size % num_heads != 0 {
-            return Err(keys.error("num_attention_heads", &format!("a divisor of hidden_size = {hidden_size}")));
-        }
-        let head_dim = keys.size_or("head_dim", hidden_size / num_heads)?;
+        let (default_kv_heads, default_head_dim, default_positions) = family.defaults();
+        let hidden_size = keys.size("hidden_size", MAX_SIZE)?;
+        let num_heads = keys.size("num_attention_heads", MAX_HEADS)?;
+        let num_kv_heads = match keys.size_or_default("num_key_value_heads", default_kv_heads, MAX_HEADS)? {
+            Some(n) if num_heads % n != 0 => {
+                let expected = format!("a divisor of num_attention_heads = {num_heads}");
+                return Err(keys.error_got("num_key_value_heads", &expected, Some(&n.into())));
+            }
+            Some(n) => n,
+            None => num_heads,
+        };
+        let head_dim = match keys.size_or_default("head_dim", default_head_dim, MAX_HEADS)? {
+            Some(n) => n,
+            None if hidden_size % num_heads != 0 => {
+                return Err(keys.error("num_attention_heads", &format!("a divisor of hidden_size = {hidden_size}")));
+            }
+            None => hidden_size / num_heads,
+        };
         if head_dim % 2 != 0 {
-            return Err(keys.error("head_dim", "an even number (rotary positions turn pairs)"));
+            let expected = "an even number (rotary positions turn pairs)";
+            return Err(keys.error_got("head_dim", expected, Some(&head_dim.into())));
         }
-        let num_layers = keys.size("num_hidden_layers")?;
+        let num_layers = keys.size("num_hidden_layers", MAX_LAYERS)?;
         let bias = keys.bool_or("attention_bias", false)?;
         let (rope_theta, rope_scaling) = keys.rope()?;
         let arch = Architecture {
             family,
-            vocab_size: keys.size("vocab_size")?,
+            vocab_size: keys.size("vocab_size", MAX_SIZE)?,
             hidden_size,
-            intermediate_size: keys.size("intermediate_size")?,
+            intermediate_size: keys.size("intermediate_size", MAX_SIZE)?,
             num_layers,
             num_heads,
             num_kv_heads,
             head_dim,
-            max_position_embeddings: keys.size_or("max_position_embeddings", 2048)?,
+            max_position_embeddings: keys
+                .size_or_default("max_position_embeddings", Some(default_positions), MAX_POSITIONS)?
+                .unwrap_or(default_positions),
             rms_norm_eps: keys.f64_or("rms_norm_eps", 1e-6)?,
             rope_theta,
             rope_scaling,
@@ -143,14 +184,24 @@ impl Architecture {
             sliding_windows: keys.sliding_windows(family, num_layers)?,
             initializer_range: keys.f64_or("initializer_range", 0.02)?,
         };
+        if arch.num_matrix_params() > MAX_PARAMS {
+            let expected = format!("sizes that make at most {MAX_PARAMS} parameters in all");
+            return Err(keys.error_got("hidden_size", &expected, Some(&arch.num_matrix_params().into())));
+        }
         Ok(arch)
     }
+}
+
+/// So much of a value that a message stays one line.
+fn shortened(text: String) -> String {
+    const MAX_CHARS: usize = 60;
+    if text.chars().count() <= MAX_CHARS { text } else { text.chars().take(MAX_CHARS).chain("...".chars()).collect() }
 }
 
 /// The keys of one `config.json`, with errors that name file, key, expected and got.
 struct Keys<'a> {
     path: &'a Path,
-    map: &'a Value,
+    map: &'a Map<String, Value>,
 }
 
 impl Keys<'_> {
@@ -167,7 +218,7 @@ impl Keys<'_> {
             path: self.path.to_path_buf(),
             key: key.to_string(),
             expected: expected.to_string(),
-            got: got.map_or("nothing".to_string(), |v| v.to_string()),
+            got: got.map_or("nothing".to_string(), |v| shortened(v.to_string())),
         }
     }
 
@@ -182,16 +233,20 @@ impl Keys<'_> {
             .ok_or_else(|| self.error("architectures", &expected))
     }
 
-    /// A positive size that is small enough for products of two to be counted.
-    fn size(&self, key: &str) -> Result<usize, PlanError> {
+    fn size(&self, key: &str, max: usize) -> Result<usize, PlanError> {
         match self.get(key).and_then(Value::as_u64) {
-            Some(n) if (1..1 << 31).contains(&n) => Ok(n as usize),
-            _ => Err(self.error(key, "a positive whole number below 2^31")),
+            Some(n) if (1..=max as u64).contains(&n) => Ok(n as usize),
+            _ => Err(self.error(key, &format!("a whole number from 1 to {max}"))),
         }
     }
 
-    fn size_or(&self, key: &str, default: usize) -> Result<usize, PlanError> {
-        if self.get(key).is_none() { Ok(default) } else { self.size(key) }
+    /// The size, `default` where the key is missing, `None` where it is `null`.
+    fn size_or_default(&self, key: &str, default: Option<usize>, max: usize) -> Result<Option<usize>, PlanError> {
+        match self.map.get(key) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.size(key, max).map(Some),
+        }
     }
 
     fn f64_or(&self, key: &str, default: f64) -> Result<f64, PlanError> {
@@ -220,31 +275,48 @@ impl Keys<'_> {
     }
 
     fn rope(&self) -> Result<(f64, RopeScaling), PlanError> {
-        // transformers 5 has everything in rope_parameters, transformers 4 splits it over two keys.
-        let table_key = if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
-        let table = self.get(table_key);
-        let number = |key: &str| -> Result<f64, PlanError> {
-            let got = table.and_then(|t| t.get(key));
-            got.and_then(Value::as_f64)
-                .filter(|x| *x > 0.0)
-                .ok_or_else(|| self.error_got(&format!("{table_key}.{key}"), "a positive number", got))
+        // transformers 5 has everything in rope_parameters, transformers 4 splits it over two keys. An empty table is
+        // none, and where both are there the older one counts.
+        let in_use = |key: &&str| self.get(key).is_some_and(|v| v.as_object().is_none_or(|t| !t.is_empty()));
+        let table_key = ["rope_scaling", "rope_parameters"].into_iter().find(in_use);
+        let Some(table_key) = table_key else {
+            return Ok((self.positive("rope_theta", self.get("rope_theta"), Some(10_000.0))?, RopeScaling::Default));
         };
-        let theta = match table.and_then(|t| t.get("rope_theta")) {
-            Some(_) => number("rope_theta")?,
-            None => self.f64_or("rope_theta", 10_000.0)?,
+        let table = self.get(table_key).and_then(Value::as_object);
+        let table = table.ok_or_else(|| self.error(table_key, "an object"))?;
+        let number = |key: &str, default: Option<f64>| -> Result<f64, PlanError> {
+            self.positive(&format!("{table_key}.{key}"), table.get(key), default)
         };
+        let theta = match table.get("rope_theta") {
+            None => self.positive("rope_theta", self.get("rope_theta"), Some(10_000.0))?,
+            _ => number("rope_theta", None)?,
+        };
+        if number("partial_rotary_factor", Some(1.0))? != 1.0 {
+            let key = format!("{table_key}.partial_rotary_factor");
+            return Err(self.error_got(&key, "1 (partial rotation is not built)", table.get("partial_rotary_factor")));
+        }
         // Older files say `type`.
-        let kind = table.and_then(|t| t.get("rope_type").or_else(|| t.get("type")));
-        let scaling = match kind.map(|k| k.as_str()) {
-            None if table.is_none() || table_key == "rope_parameters" => RopeScaling::Default,
+        let kind = table.get("rope_type").or_else(|| table.get("type"));
+        let scaling = match kind.map(Value::as_str) {
+            // A table for each layer type has neither of these keys.
+            None if table.contains_key("rope_theta") => RopeScaling::Default,
             Some(Some("default")) => RopeScaling::Default,
-            Some(Some("linear")) => RopeScaling::Linear { factor: number("factor")? },
-            Some(Some("llama3")) => RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_max_position_embeddings: number("original_max_position_embeddings")?,
-            },
+            Some(Some("linear")) => RopeScaling::Linear { factor: number("factor", None)? },
+            Some(Some("llama3")) => {
+                let low_freq_factor = number("low_freq_factor", None)?;
+                let high_freq_factor = number("high_freq_factor", None)?;
+                if high_freq_factor <= low_freq_factor {
+                    let key = format!("{table_key}.high_freq_factor");
+                    let expected = format!("a number above low_freq_factor = {low_freq_factor}");
+                    return Err(self.error_got(&key, &expected, table.get("high_freq_factor")));
+                }
+                RopeScaling::Llama3 {
+                    factor: number("factor", None)?,
+                    low_freq_factor,
+                    high_freq_factor,
+                    original_max_position_embeddings: number("original_max_position_embeddings", None)?,
+                }
+            }
             _ => {
                 let key = format!("{table_key}.rope_type");
                 return Err(self.error_got(&key, "one of default, linear, llama3", kind));
@@ -253,17 +325,28 @@ impl Keys<'_> {
         Ok((theta, scaling))
     }
 
+    /// `value` of `key`, or `default` where there is none.
+    fn positive(&self, key: &str, value: Option<&Value>, default: Option<f64>) -> Result<f64, PlanError> {
+        match (value, default) {
+            (None, Some(default)) => Ok(default),
+            _ => value
+                .and_then(Value::as_f64)
+                .filter(|x| *x > 0.0)
+                .ok_or_else(|| self.error_got(key, "a number above 0", value)),
+        }
+    }
+
+    /// For each block, the window of its attention.
     fn sliding_windows(&self, family: Family, num_layers: usize) -> Result<Vec<Option<usize>>, PlanError> {
-        let none = vec![None; num_layers];
         let in_use = match family {
             Family::Llama => false,
-            Family::Mistral => self.get("sliding_window").is_some(),
+            Family::Mistral => true,
             Family::Qwen2 | Family::Qwen3 => self.bool_or("use_sliding_window", false)?,
         };
         if !in_use {
-            return Ok(none);
+            return Ok(vec![None; num_layers]);
         }
-        let window = Some(self.size("sliding_window")?);
+        let window = self.size_or_default("sliding_window", Some(DEFAULT_SLIDING_WINDOW), MAX_POSITIONS)?;
         if family == Family::Mistral {
             return Ok(vec![window; num_layers]);
         }
@@ -281,10 +364,10 @@ impl Keys<'_> {
                 .collect();
         }
         // Without layer_types the first max_window_layers blocks attend to everything.
-        let full = match self.get("max_window_layers") {
-            None => 28,
+        let num_full = match self.get("max_window_layers") {
+            None => DEFAULT_MAX_WINDOW_LAYERS,
             Some(v) => v.as_u64().ok_or_else(|| self.error("max_window_layers", "a whole number"))? as usize,
         };
-        Ok((0..num_layers).map(|i| if i < full { None } else { window }).collect())
+        Ok((0..num_layers).map(|i| if i < num_full { None } else { window }).collect())
     }
 }

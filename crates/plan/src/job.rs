@@ -1,6 +1,6 @@
 //! A job's config -> its plan.
 
-use fsdp_config::{ConfigError, JobConfig, Recompute, glob_match};
+use fsdp_config::{ConfigError, JobConfig, Recompute};
 
 use crate::{Architecture, Dtype, Plan, PlanInput, Strategy};
 
@@ -22,17 +22,11 @@ impl Plan {
             seq_len: config.training.seq_len as usize,
             compute_dtype: config.precision.param.into(),
         };
-        Ok(Plan::new(arch, &input, |name| dtypes(config, name)))
+        Ok(Plan::new(arch, &input, |name| {
+            let (param, reduce) = config.precision.dtypes_of(name);
+            (param.into(), reduce.into())
+        }))
     }
-}
-
-/// (param dtype, reduce dtype) of the parameter `name`: the defaults, changed by every rule that matches, in order.
-fn dtypes(config: &JobConfig, name: &str) -> (Dtype, Dtype) {
-    let mut dtypes = (config.precision.param, config.precision.reduce);
-    for rule in config.precision.overrides.iter().filter(|rule| glob_match(&rule.match_glob, name)) {
-        dtypes = (rule.param.unwrap_or(dtypes.0), rule.reduce.unwrap_or(dtypes.1));
-    }
-    (dtypes.0.into(), dtypes.1.into())
 }
 
 impl From<fsdp_config::Dtype> for Dtype {

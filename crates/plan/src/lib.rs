@@ -9,12 +9,14 @@
 //! - [`slots`]: units -> few buffers that hold unsharded parameters and gradients, by a static map.
 //! - [`program`]: units and slots -> the flat list of [`Step`]s that the engine executes.
 //! - [`replay`]: the same list over byte counts -> peak memory by category, bytes moved, operations.
+//! - [`costs`]: the formulas for that: what the computations of a unit hold and execute.
 //! - [`plan`]: all of the above for one job, and its text form; `job` makes it from the job's config.
 //!
 //! **Architecture invariant:** nothing here knows tensors, devices or processes.
 #![forbid(unsafe_code)]
 
 pub mod arch;
+pub mod costs;
 mod dtype;
 mod job;
 pub mod layout;

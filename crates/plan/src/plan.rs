@@ -10,6 +10,7 @@ use crate::{Architecture, Dtype, SlotMap, Strategy, Unit, UnitLayout};
 /// What a plan is made from, besides the architecture and the dtypes of parameters.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanInput {
+    /// Ranks that a unit is sharded over: all of them; with `hybrid_shard` those of one group, with `no_shard` 1.
     pub world_size: usize,
     pub strategy: Strategy,
     pub prefetch: usize,
@@ -37,7 +38,11 @@ pub struct Plan {
 
 impl Plan {
     /// `dtypes` gives (param dtype, reduce dtype) of a parameter by its name.
+    ///
+    /// # Panics
+    /// If `no_shard` comes with more than one rank to shard over.
     pub fn new(arch: Architecture, input: &PlanInput, dtypes: impl Fn(&str) -> (Dtype, Dtype)) -> Self {
+        assert!(input.strategy != Strategy::NoShard || input.world_size == 1);
         let units = units(&arch);
         let layouts: Vec<_> = units.iter().map(|u| UnitLayout::new(u, input.world_size, &dtypes)).collect();
         let tied = arch.tie_word_embeddings;
@@ -73,7 +78,7 @@ impl Plan {
     }
 }
 
-/// Bytes for people: three significant digits and a binary unit.
+/// Bytes for people: at most four digits and a binary unit.
 pub fn format_bytes(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
@@ -113,7 +118,7 @@ impl fmt::Display for Plan {
         writeln!(
             f,
             "  operations      {:>12.4e}  of which {:.4e} recomputing",
-            self.replay.flops as f64, self.replay.recompute_flops as f64
+            self.replay.flops, self.replay.recompute_flops
         )
     }
 }

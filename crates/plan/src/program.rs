@@ -162,69 +162,79 @@ fn training_uses(input: &ProgramInput<'_>) -> Vec<Use> {
     uses
 }
 
-/// A unit's stay in its slot, by indices into the uses.
-struct Tenancy {
-    unit: UnitId,
-    /// Gathering may start before this use's computation: the slot is free, and not more than `prefetch` uses ahead.
-    start: usize,
-    first_use: usize,
-    last_use: usize,
+/// The gathers and releases around one computation.
+#[derive(Default)]
+struct Unsharding {
+    start_before: Vec<UnitId>,
+    wait_before: Vec<UnitId>,
+    release_after: Vec<UnitId>,
 }
 
-fn tenancies(input: &ProgramInput<'_>, uses: &[Use]) -> Vec<Tenancy> {
-    let mut all: Vec<Tenancy> = Vec::new();
-    let mut current: Vec<Option<usize>> = vec![None; input.slots.slot_bytes.len()];
+/// One entry for each use. A gather starts when the slot is free, but not more than `prefetch` uses ahead.
+fn unsharding(input: &ProgramInput<'_>, uses: &[Use]) -> Vec<Unsharding> {
+    let mut around: Vec<Unsharding> = uses.iter().map(|_| Unsharding::default()).collect();
+    // Each slot's tenant, and the last use so far that reads it.
+    let mut tenants: Vec<Option<(UnitId, usize)>> = vec![None; input.slots.slot_bytes.len()];
     for (i, one) in uses.iter().enumerate() {
         for &unit in &one.reads {
-            let slot = input.slots.slot_of_unit[unit];
-            match current[slot] {
-                Some(t) if all[t].unit == unit => all[t].last_use = i,
-                previous => {
-                    let free_from = previous.map_or(0, |t| all[t].last_use + 1);
-                    let start = free_from.max(i.saturating_sub(input.prefetch));
-                    current[slot] = Some(all.len());
-                    all.push(Tenancy { unit, start, first_use: i, last_use: i });
+            let tenant = &mut tenants[input.slots.slot_of_unit[unit]];
+            if tenant.is_none_or(|(old, _)| old != unit) {
+                let mut free_from = 0;
+                if let Some((old, last_use)) = *tenant {
+                    around[last_use].release_after.push(old);
+                    free_from = last_use + 1;
                 }
+                around[free_from.max(i.saturating_sub(input.prefetch))].start_before.push(unit);
+                around[i].wait_before.push(unit);
             }
+            *tenant = Some((unit, i));
         }
     }
-    all
+    for (unit, last_use) in tenants.into_iter().flatten() {
+        around[last_use].release_after.push(unit);
+    }
+    around
 }
 
 /// Puts gathers, releases and reductions around the computations.
 fn place_collectives(input: &ProgramInput<'_>, uses: &[Use]) -> Vec<Step> {
-    let tenancies = tenancies(input, uses);
-    let mut steps = Vec::new();
-    // Reductions under way, oldest first, and the units whose shards hold a sum already.
-    let mut reducing: Vec<UnitId> = Vec::new();
-    let mut reduced = vec![false; input.num_units];
-    let mut wait = |steps: &mut Vec<Step>, unit: UnitId| {
-        steps.push(Step::WaitReduce { unit, accumulate: reduced[unit] });
-        reduced[unit] = true;
+    let mut reductions_left = vec![0; input.num_units];
+    for &unit in uses.iter().flat_map(|u| &u.grads) {
+        reductions_left[unit] += 1;
+    }
+    let mut has_sum = vec![false; input.num_units];
+    let mut all_reducing: Vec<UnitId> = Vec::new();
+    let mut wait_reduce = |steps: &mut Vec<Step>, unit: UnitId| {
+        steps.push(Step::WaitReduce { unit, accumulate: has_sum[unit] });
+        has_sum[unit] = true;
+        reductions_left[unit] -= 1;
+        if input.has_replicas && reductions_left[unit] == 0 {
+            steps.push(Step::StartAllReduce(unit));
+            all_reducing.push(unit);
+        }
     };
-    for (i, one) in uses.iter().enumerate() {
+
+    let mut steps = Vec::new();
+    // Reductions under way, oldest first.
+    let mut reducing: Vec<UnitId> = Vec::new();
+    for (one, around) in uses.iter().zip(unsharding(input, uses)) {
         for &unit in &one.grads {
             // The gradient buffer must be free before backward writes into it.
             let buffer = input.slots.grad_of_unit[unit];
             if let Some(k) = reducing.iter().position(|&u| input.slots.grad_of_unit[u] == buffer) {
-                wait(&mut steps, reducing.remove(k));
+                wait_reduce(&mut steps, reducing.remove(k));
             }
         }
-        steps.extend(tenancies.iter().filter(|t| t.start == i).map(|t| Step::StartUnshard(t.unit)));
-        steps.extend(tenancies.iter().filter(|t| t.first_use == i).map(|t| Step::WaitUnshard(t.unit)));
+        steps.extend(around.start_before.into_iter().map(Step::StartUnshard));
+        steps.extend(around.wait_before.into_iter().map(Step::WaitUnshard));
         steps.push(one.step);
-        steps.extend(tenancies.iter().filter(|t| t.last_use == i).map(|t| Step::Release(t.unit)));
-        for &unit in &one.grads {
-            steps.push(Step::StartReduce(unit));
-            reducing.push(unit);
-        }
+        steps.extend(around.release_after.into_iter().map(Step::Release));
+        steps.extend(one.grads.iter().map(|&unit| Step::StartReduce(unit)));
+        reducing.extend(&one.grads);
     }
     for unit in reducing {
-        wait(&mut steps, unit);
+        wait_reduce(&mut steps, unit);
     }
-    if input.has_replicas && uses.iter().any(|u| !u.grads.is_empty()) {
-        steps.extend((0..input.num_units).rev().map(Step::StartAllReduce));
-        steps.extend((0..input.num_units).rev().map(Step::WaitAllReduce));
-    }
+    steps.extend(all_reducing.into_iter().map(Step::WaitAllReduce));
     steps
 }

@@ -1,11 +1,12 @@
 //! Replays a program over byte counts: peak memory by category, bytes moved, operations.
 //!
 //! Static buffers (master, optimizer, gradient shards, slots, gradient buffers) are what the engine allocates, to the
-//! byte. Activations and the head's working memory follow the formulas below, which mirror the model's code.
+//! byte. Activations and the head's working memory follow the formulas of [`crate::costs`].
 
+use crate::costs::{Moment, UnitCosts};
 use crate::program::{Keep, Step};
 use crate::slots::is_block;
-use crate::{Architecture, Dtype, Plan};
+use crate::{Dtype, Group, Plan};
 
 /// Bytes of one rank by category. Slots are mapped once per host where ranks share memory, but every rank counts them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -15,7 +16,7 @@ pub struct Memory {
     pub grad_shards: u64,
     pub slots: u64,
     pub grad_buffers: u64,
-    /// Kept inputs and activations, and the working memory of the block that is computed.
+    /// Kept inputs and activations, and the working memory of the unit that is computed.
     pub activations: u64,
     /// The head's chunk of logits and its gradients.
     pub head: u64,
@@ -28,7 +29,7 @@ impl Memory {
     }
 
     pub fn total_bytes(&self) -> u64 {
-        self.static_bytes() + self.activations + self.head
+        self.static_bytes().saturating_add(self.activations).saturating_add(self.head)
     }
 }
 
@@ -44,9 +45,9 @@ pub struct Replay {
     pub all_gather_bytes: u64,
     pub reduce_scatter_bytes: u64,
     pub num_all_gathers: usize,
-    /// Floating-point operations of matrix products and attention that are executed, and those of recomputing among them.
-    pub flops: u64,
-    pub recompute_flops: u64,
+    /// Floating-point operations of matrix products and attention, and those of recomputing among them.
+    pub flops: f64,
+    pub recompute_flops: f64,
 }
 
 /// Sizes of one microbatch on one rank.
@@ -82,132 +83,71 @@ pub fn static_memory(plan: &Plan) -> Memory {
     }
 }
 
+/// Walks `steps`, a program of `plan`. Sizes too large for 64 bits count as the largest number.
 pub fn replay(plan: &Plan, steps: &[Step], batch: Batch) -> Replay {
-    let costs = BlockCosts::new(&plan.arch, plan.compute_dtype, batch);
-    let static_memory = static_memory(plan);
     let num_units = plan.units.len();
+    let costs: Vec<_> = (0..num_units).map(|u| UnitCosts::new(plan, u, batch)).collect();
+    let static_memory = static_memory(plan);
     let mut out = Replay { peak: static_memory, ..Replay::default() };
-    let mut kept: u64 = 0;
-    // The gradient that travels from unit to unit in backward has the size of a unit's output.
-    let mut flowing: u64 = 0;
-    let mut kept_by: Vec<u64> = vec![0; num_units];
-    let mut live = vec![false; num_units];
+    let mut kept = vec![Keep::Nothing; num_units];
+    let mut kept_per_token: u64 = 0;
+    let mut num_live_blocks = 0;
     for (i, step) in steps.iter().enumerate() {
-        let mut now = static_memory;
+        // Only computations add to what is kept, so the peak is in one of them.
+        let mut consider = |moments: &[Moment], kept_per_token: u64| {
+            for m in moments {
+                let activations = batch.num_tokens().saturating_mul(kept_per_token + m.per_token);
+                let activations = activations.saturating_add(m.fixed);
+                let now = Memory { activations, head: m.head, ..static_memory };
+                if now.total_bytes() > out.peak.total_bytes() {
+                    (out.peak, out.peak_step) = (now, i);
+                }
+            }
+        };
         match *step {
             Step::StartUnshard(u) => {
-                live[u] = true;
-                let bytes = unit_bytes(plan, u, |g| g.param_dtype);
-                out.all_gather_bytes += others(bytes, plan.world_size);
+                num_live_blocks += usize::from(is_block(u, num_units).is_some());
+                out.max_live_block_slots = out.max_live_block_slots.max(num_live_blocks);
+                out.all_gather_bytes += received_bytes(plan, u, |g| g.param_dtype);
                 out.num_all_gathers += 1;
             }
-            Step::Release(u) => live[u] = false,
-            Step::StartReduce(u) => {
-                let bytes = unit_bytes(plan, u, |g| g.reduce_dtype);
-                out.reduce_scatter_bytes += others(bytes, plan.world_size);
-            }
+            Step::Release(u) => num_live_blocks -= usize::from(is_block(u, num_units).is_some()),
+            Step::StartReduce(u) => out.reduce_scatter_bytes += received_bytes(plan, u, |g| g.reduce_dtype),
             Step::Forward { unit, keep, .. } => {
-                let block = is_block(unit, num_units).is_some();
-                out.flops += if block { costs.forward_flops } else { 0 };
-                let left = match keep {
-                    Keep::Nothing => 0,
-                    Keep::Input if block => costs.hidden_bytes,
-                    Keep::Input => 0,
-                    Keep::Activations => costs.activation_bytes,
-                };
-                // Input, output and what the unit works on stand beside what is kept.
-                now.activations = kept + if block { costs.activation_bytes } else { 0 } + 2 * costs.hidden_bytes;
-                kept += left;
-                kept_by[unit] = left;
+                consider(&costs[unit].forward, kept_per_token);
+                kept[unit] = keep;
+                kept_per_token += costs[unit].kept_per_token(keep);
+                out.flops += costs[unit].forward_flops;
             }
-            Step::Loss { .. } => {
-                out.flops += 3 * costs.head_flops;
-                now.activations = kept + 3 * costs.hidden_bytes;
-                now.head = costs.head_bytes;
-                flowing = costs.hidden_bytes;
+            Step::Loss { unit, .. } => {
+                consider(&costs[unit].backward, kept_per_token);
+                out.flops += costs[unit].forward_flops + costs[unit].backward_flops;
             }
-            Step::Backward { unit, .. } if is_block(unit, num_units).is_some() => {
-                out.flops += 2 * costs.forward_flops;
-                let mut alive = kept + flowing + costs.backward_bytes;
-                if kept_by[unit] == costs.hidden_bytes {
-                    alive += costs.activation_bytes;
-                    out.flops += costs.recompute_flops;
-                    out.recompute_flops += costs.recompute_flops;
+            Step::Backward { unit, .. } => {
+                // What this unit kept is part of its own moments.
+                kept_per_token -= costs[unit].kept_per_token(kept[unit]);
+                if kept[unit] == Keep::Input {
+                    consider(&costs[unit].recompute, kept_per_token);
+                    out.flops += costs[unit].recompute_flops;
+                    out.recompute_flops += costs[unit].recompute_flops;
                 }
-                now.activations = alive;
-                kept -= kept_by[unit];
+                consider(&costs[unit].backward, kept_per_token);
+                out.flops += costs[unit].backward_flops;
             }
-            Step::Backward { .. } => {
-                now.activations = kept + 2 * flowing;
-                flowing = 0;
-            }
-            _ => now.activations = kept + flowing,
-        }
-        out.max_live_block_slots = out
-            .max_live_block_slots
-            .max((0..num_units).filter(|&u| live[u] && is_block(u, num_units).is_some()).count());
-        if now.total_bytes() > out.peak.total_bytes() {
-            out.peak = now;
-            out.peak_step = i;
+            Step::CountTokens
+            | Step::WaitUnshard(_)
+            | Step::WaitReduce { .. }
+            | Step::StartAllReduce(_)
+            | Step::WaitAllReduce(_)
+            | Step::ClipGrads
+            | Step::OptimizerStep => {}
         }
     }
     out
 }
 
-/// Bytes of a unit's groups in the dtype that `of` picks.
-fn unit_bytes(plan: &Plan, unit: usize, of: impl Fn(&crate::Group) -> Dtype) -> u64 {
-    plan.layouts[unit].groups.iter().map(|g| (g.numel * of(g).size_bytes()) as u64).sum()
-}
-
-/// The part of `bytes` that the other ranks of `world_size` hold.
-fn others(bytes: u64, world_size: usize) -> u64 {
-    bytes / world_size as u64 * (world_size as u64 - 1)
-}
-
-/// Bytes and operations of one block, and of the head, for one microbatch.
-struct BlockCosts {
-    hidden_bytes: u64,
-    /// All that backward reads of a block.
-    activation_bytes: u64,
-    /// Gradients of activations that are alive at once inside a block's backward.
-    backward_bytes: u64,
-    head_bytes: u64,
-    forward_flops: u64,
-    recompute_flops: u64,
-    head_flops: u64,
-}
-
-impl BlockCosts {
-    fn new(arch: &Architecture, compute: Dtype, batch: Batch) -> Self {
-        let e = compute.size_bytes() as u64;
-        let n = batch.num_tokens();
-        let (d, f) = (arch.hidden_size as u64, arch.intermediate_size as u64);
-        let q = (arch.num_heads * arch.head_dim) as u64;
-        let kv = (arch.num_kv_heads * arch.head_dim) as u64;
-        let hidden_bytes = n * d * e;
-        // x, h1, r, h2; q, attention output; k, v; gate, up; and per token two norms' and each head's statistics.
-        // Kept or not, s = silu(gate) * up is made again.
-        let mut activation_bytes = n * e * (4 * d + 2 * q + 2 * kv + 2 * f) + 4 * n * (2 + arch.num_heads as u64);
-        if arch.qk_norm {
-            activation_bytes += n * e * (q + kv) + 4 * n * (arch.num_heads + arch.num_kv_heads) as u64;
-        }
-        let backward_bytes = n * e * (2 * d).max(2 * q) + n * e * (3 * f).max(2 * q + 2 * kv);
-        let chunk = (head_chunk_tokens(arch.vocab_size) as u64).min(n);
-        let v = arch.vocab_size as u64;
-        let head_bytes = chunk * v * e + v * d * e;
-        // Causal attention computes about half of the T x T products: two in forward.
-        let attention = 2 * n * q * batch.seq_len as u64;
-        let down = 2 * n * d * f;
-        let forward_flops = 2 * n * (d * (2 * q + 2 * kv) + 2 * d * f) + down + attention;
-        BlockCosts {
-            hidden_bytes,
-            activation_bytes,
-            backward_bytes,
-            head_bytes,
-            forward_flops,
-            // The product that only yields the block's output is not needed again.
-            recompute_flops: forward_flops - down,
-            head_flops: 2 * n * v * d,
-        }
-    }
+/// Bytes of a unit's groups, in the dtype that `of` picks, that come from other ranks.
+fn received_bytes(plan: &Plan, unit: usize, of: impl Fn(&Group) -> Dtype) -> u64 {
+    let bytes: usize = plan.layouts[unit].groups.iter().map(|g| g.numel * of(g).size_bytes()).sum();
+    (bytes / plan.world_size * (plan.world_size - 1)) as u64
 }

@@ -41,7 +41,7 @@ pub enum UnitKind {
     Head,
 }
 
-/// A unit of sharding. Its parameters stand in the fixed order of [`block_params`] (or of the other kinds below).
+/// A unit of sharding. Its parameters stand in the order in which [`units`] makes them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Unit {
     pub kind: UnitKind,
@@ -85,32 +85,36 @@ pub fn units(arch: &Architecture) -> Vec<Unit> {
 
 /// Parameters of block `layer`, in the order in which its forward pass uses them.
 fn block_params(arch: &Architecture, layer: usize) -> Vec<Param> {
-    let d = arch.hidden_size;
+    let (d, f) = (arch.hidden_size, arch.intermediate_size);
     let (q, kv) = (arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim);
-    let f = arch.intermediate_size;
     let normal = Init::Normal { std: arch.initializer_range };
-    let mut params = Vec::new();
-    let mut push = |name: &str, shape: &[usize], init| {
-        params.push(Param { name: format!("model.layers.{layer}.{name}"), shape: shape.to_vec(), init });
-    };
-    let linear = |push: &mut dyn FnMut(&str, &[usize], Init), name: &str, out: usize, input: usize, bias: bool| {
-        push(&format!("{name}.weight"), &[out, input], normal);
-        if bias {
-            push(&format!("{name}.bias"), &[out], Init::Zeros);
-        }
-    };
-    push("input_layernorm.weight", &[d], Init::Ones);
-    linear(&mut push, "self_attn.q_proj", q, d, arch.qkv_bias);
-    linear(&mut push, "self_attn.k_proj", kv, d, arch.qkv_bias);
-    linear(&mut push, "self_attn.v_proj", kv, d, arch.qkv_bias);
-    if arch.qk_norm {
-        push("self_attn.q_norm.weight", &[arch.head_dim], Init::Ones);
-        push("self_attn.k_norm.weight", &[arch.head_dim], Init::Ones);
-    }
-    linear(&mut push, "self_attn.o_proj", d, q, arch.o_bias);
-    push("post_attention_layernorm.weight", &[d], Init::Ones);
-    linear(&mut push, "mlp.gate_proj", f, d, arch.mlp_bias);
-    linear(&mut push, "mlp.up_proj", f, d, arch.mlp_bias);
-    linear(&mut push, "mlp.down_proj", d, f, arch.mlp_bias);
-    params
+    // Name, shape, initial values, whether the family has it.
+    let all: [(&str, &[usize], Init, bool); 18] = [
+        ("input_layernorm.weight", &[d], Init::Ones, true),
+        ("self_attn.q_proj.weight", &[q, d], normal, true),
+        ("self_attn.q_proj.bias", &[q], Init::Zeros, arch.qkv_bias),
+        ("self_attn.k_proj.weight", &[kv, d], normal, true),
+        ("self_attn.k_proj.bias", &[kv], Init::Zeros, arch.qkv_bias),
+        ("self_attn.v_proj.weight", &[kv, d], normal, true),
+        ("self_attn.v_proj.bias", &[kv], Init::Zeros, arch.qkv_bias),
+        ("self_attn.q_norm.weight", &[arch.head_dim], Init::Ones, arch.qk_norm),
+        ("self_attn.k_norm.weight", &[arch.head_dim], Init::Ones, arch.qk_norm),
+        ("self_attn.o_proj.weight", &[d, q], normal, true),
+        ("self_attn.o_proj.bias", &[d], Init::Zeros, arch.o_bias),
+        ("post_attention_layernorm.weight", &[d], Init::Ones, true),
+        ("mlp.gate_proj.weight", &[f, d], normal, true),
+        ("mlp.gate_proj.bias", &[f], Init::Zeros, arch.mlp_bias),
+        ("mlp.up_proj.weight", &[f, d], normal, true),
+        ("mlp.up_proj.bias", &[f], Init::Zeros, arch.mlp_bias),
+        ("mlp.down_proj.weight", &[d, f], normal, true),
+        ("mlp.down_proj.bias", &[d], Init::Zeros, arch.mlp_bias),
+    ];
+    all.into_iter()
+        .filter(|(.., present)| *present)
+        .map(|(name, shape, init, _)| Param {
+            name: format!("model.layers.{layer}.{name}"),
+            shape: shape.to_vec(),
+            init,
+        })
+        .collect()
 }

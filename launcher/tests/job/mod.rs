@@ -135,6 +135,15 @@ impl Job {
         }
     }
 
+    /// Waits until the file is there.
+    pub fn wait_for(&self, name: &str) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !self.path(name).exists() {
+            assert!(Instant::now() < deadline, "{name} does not appear");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     pub fn num_ranks_started(&self) -> usize {
         (0..16).filter(|rank| self.path(&format!("out/started-{rank}")).exists()).count()
     }

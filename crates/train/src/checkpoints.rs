@@ -152,6 +152,14 @@ impl Checkpoints {
             let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
             return Err(TrainError::BadInput(format!("cannot resume from {}: {}", dir.display(), all.join("; "))));
         }
+        if manifest.world_size != self.world_size {
+            return Err(TrainError::BadInput(format!(
+                "cannot resume from {}: it was saved by {} ranks, this run has {}; another number of ranks is not built yet",
+                dir.display(),
+                manifest.world_size,
+                self.world_size
+            )));
+        }
         for (what, saved, now) in [
             ("the training data", &manifest.meta.data_digest, &self.data_digest),
             ("the tokenizer", &manifest.meta.tokenizer_digest, &self.tokenizer_digest),

@@ -15,7 +15,8 @@ cargo build --release --quiet -p fsdp-comm --example bandwidth
 python=${BENCH_PYTHON:-target/py-bench/bin/python}
 if [ -z "${BENCH_PYTHON:-}" ] && [ ! -f target/py-bench/ready ]; then
     rm -rf target/py-bench
-    python3 -m venv target/py-bench || { echo "bench: python3 -m venv fails: apt-get install python3-venv" >&2; exit 1; }
+    python3 -m venv target/py-bench ||
+        { echo "bench: python3 -m venv fails: apt-get install python3-venv" >&2; exit 1; }
     target/py-bench/bin/pip install --quiet --disable-pip-version-check \
         torch==2.11.0 transformers==5.3.0 numpy==2.4.6 safetensors==0.8.0
     touch target/py-bench/ready

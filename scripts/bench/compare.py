@@ -110,7 +110,8 @@ def measure(run, folder, steps, warm, round):
 
 
 def output_of(command):
-    return subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, env=environment()).stdout
+    command = list(map(str, command))
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment()).stdout
 
 
 def bandwidths(command):

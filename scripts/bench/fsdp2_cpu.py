@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 fsdp2_cpu.py MODEL_DIR DATA --steps N --batch B
 
-bf16 parameters, fp32 reduction, every block recomputed, fused AdamW on fp32 shards, gradient norm cut to 1. Rank 0 prints
-a JSON line at the end of each step (loss, seconds since the end of the last step), then one with the peak RSS.
+bf16 parameters, fp32 reduction, every block recomputed, fused AdamW on fp32 shards, gradient norm cut to 1. Rank 0
+prints a JSON line at the end of each step (loss, seconds since the end of the last step), then one with the peak RSS.
 """
 import argparse, json, os, resource, time
 

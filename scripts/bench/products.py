@@ -2,9 +2,9 @@
 
     products.py CONFIG_JSON --tokens N --seq-len T --ranks R
 
-Per rank and step, in bf16 on one thread: the linear layers of all blocks forward, again for recompute except in the last
-block, and backward (two products each); the head forward and backward. Attention is timed apart, counted in the same
-way. Prints one JSON object: seconds a step, the slowest rank's, and GFLOP/s a rank.
+Per rank and step, in bf16 on one thread: the linear layers of all blocks forward, again for recompute except in the
+last block, and backward (two products each); the head forward and backward. Attention is timed apart, counted in the
+same way. Prints one JSON object: seconds a step, the slowest rank's, and GFLOP/s a rank.
 """
 import argparse, json, time
 
@@ -111,7 +111,8 @@ def main():
     torch.multiprocessing.spawn(rank_main, (config, args.tokens, args.seq_len, barrier, results), nprocs=args.ranks)
     ranks = [results.get() for _ in range(args.ranks)]
     products_s, attention_s = (max(rank[i] for rank in ranks) for i in (0, 1))
-    print(json.dumps(dict(products_s=products_s, attention_s=attention_s, products_gflops=ranks[0][2] / products_s / 1e9)))
+    gflops = ranks[0][2] / products_s / 1e9
+    print(json.dumps(dict(products_s=products_s, attention_s=attention_s, products_gflops=gflops)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ fn main() {
             "cpp/attention.cpp",
             "cpp/autograd.cpp",
             "cpp/error.cpp",
+            "cpp/kernels_attention.cpp",
             "cpp/kernels_loss.cpp",
             "cpp/kernels_mlp.cpp",
             "cpp/kernels_norm.cpp",
@@ -48,7 +49,7 @@ fn main() {
 fn rows(name: &str, level: &[&str]) {
     cc::Build::new()
         .cpp(true)
-        .flags(["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"])
+        .flags(["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps"])
         .flags(level)
         .define("ROWS", name)
         .file("cpp/rows.cpp")

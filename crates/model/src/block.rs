@@ -3,9 +3,9 @@
 
 use fsdp_plan::Architecture;
 use fsdp_torch_ext::kernels;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::attention::{Attention, sliding_window_mask};
+use crate::attention::{Attention, AttentionValues};
 use crate::linear::{Linear, write_grad};
 use crate::{BatchShape, ModelError, RopeTables, norm};
 
@@ -34,17 +34,13 @@ pub struct Activations {
     x: Tensor,          // [N, D]
     input_rstd: Tensor, // [N]
     h1: Tensor,         // [N, D]
-    q: Tensor,          // [N, H*C], rotated
-    k: Tensor,          // [N, K*C], rotated
-    v: Tensor,          // [N, K*C]
     qk: Option<QkNorm>,
-    attn: Tensor,      // [N, H*C]
-    logsumexp: Tensor, // [B, H, T]
-    r: Tensor,         // [N, D], x + attention
-    post_rstd: Tensor, // [N]
-    h2: Tensor,        // [N, D]
-    gate: Tensor,      // [N, F]
-    up: Tensor,        // [N, F]
+    attn: AttentionValues, // q and k rotated
+    r: Tensor,             // [N, D], x + attention
+    post_rstd: Tensor,     // [N]
+    h2: Tensor,            // [N, D]
+    gate: Tensor,          // [N, F]
+    up: Tensor,            // [N, F]
 }
 
 /// q and k before their norms, and the norms' statistics.
@@ -56,9 +52,20 @@ struct QkNorm {
     k_rstd: Tensor, // [N*K]
 }
 
+impl Activations {
+    /// Bytes of all tensors.
+    pub fn num_bytes(&self) -> usize {
+        let Activations { x, input_rstd, h1, qk, attn, r, post_rstd, h2, gate, up } = self;
+        let AttentionValues { q, k, v, out, logsumexp } = attn;
+        let always = [x, input_rstd, h1, q, k, v, out, logsumexp, r, post_rstd, h2, gate, up];
+        let of_qk_norm = qk.iter().flat_map(|kept| [&kept.q, &kept.q_rstd, &kept.k, &kept.k_rstd]);
+        always.into_iter().chain(of_qk_norm).map(|t| t.numel() * t.kind().elt_size_in_bytes()).sum()
+    }
+}
+
 impl Block {
-    /// Block `layer` for sequences of `seq_len` in the activations' dtype `compute`.
-    pub fn new(arch: &Architecture, layer: usize, seq_len: usize, compute: Kind) -> Result<Self, ModelError> {
+    /// Block `layer` for sequences of `seq_len`.
+    pub fn new(arch: &Architecture, layer: usize, seq_len: usize) -> Self {
         // Mirrors `fsdp_plan::units::block_params`.
         let mut next = 0;
         let mut one = || {
@@ -75,17 +82,15 @@ impl Block {
         let mut linear = |bias: bool| Linear { weight: one(), bias: bias.then(&mut one) };
         let (gate, up, down) = (linear(arch.mlp_bias), linear(arch.mlp_bias), linear(arch.mlp_bias));
 
-        // A window that covers the whole sequence is plain causal attention.
-        let window = arch.sliding_windows[layer].filter(|&w| w < seq_len);
-        let mask = window.map(|w| sliding_window_mask(seq_len as i64, w as i64, compute)).transpose()?;
         let attention = Attention {
             num_heads: arch.num_heads as i64,
             num_kv_heads: arch.num_kv_heads as i64,
             head_dim: arch.head_dim as i64,
-            mask,
+            // A window that covers the whole sequence is plain causal attention.
+            window: arch.sliding_windows[layer].filter(|&w| w < seq_len).map(|w| w as i64),
         };
         let eps = arch.rms_norm_eps;
-        Ok(Block { input_norm, q, k, v, qk_norm, o, post_norm, gate, up, down, attention, eps })
+        Block { input_norm, q, k, v, qk_norm, o, post_norm, gate, up, down, attention, eps }
     }
 
     /// `[N, D] -> [N, D]`, and what backward reads.
@@ -128,13 +133,13 @@ impl Block {
         kernels::rope_(&mut q, &rope.cos, &rope.sin, false)?;
         kernels::rope_(&mut k, &rope.cos, &rope.sin, false)?;
 
-        let (attn, logsumexp) = self.attention.forward(&q, &k, &v, shape)?;
+        let attn = self.attention.forward(q, k, v, shape)?;
 
-        let r = self.o.forward_add(params, &attn, &x)?;
+        let r = self.o.forward_add(params, &attn.out, &x)?;
         let (h2, post_rstd) = norm::forward(&r, &params[self.post_norm], self.eps)?;
         let gate = self.gate.forward(params, &h2)?;
         let up = self.up.forward(params, &h2)?;
-        Ok(Activations { x, input_rstd, h1, q, k, v, qk, attn, logsumexp, r, post_rstd, h2, gate, up })
+        Ok(Activations { x, input_rstd, h1, qk, attn, r, post_rstd, h2, gate, up })
     }
 
     /// Writes every parameter's gradient into `grads` and returns the input's: `[N, D] -> [N, D]`.
@@ -147,7 +152,7 @@ impl Block {
         rope: &RopeTables,
         shape: BatchShape,
     ) -> Result<Tensor, ModelError> {
-        let Activations { x, input_rstd, h1, q, k, v, qk, attn, logsumexp, r, post_rstd, h2, gate, up } = kept;
+        let Activations { x, input_rstd, h1, qk, attn, r, post_rstd, h2, gate, up } = kept;
 
         let s = kernels::silu_mul(&gate, &up)?;
         self.down.backward_params(params, grads, &dy, &s)?;
@@ -167,11 +172,11 @@ impl Block {
         drop((dh2, r));
         let _ = dr.f_add_(&dy)?;
         drop(dy);
-        self.o.backward_params(params, grads, &dr, &attn)?;
+        self.o.backward_params(params, grads, &dr, &attn.out)?;
         let d_attn = self.o.backward_input(params, &dr)?;
 
-        let (mut dq, mut dk, dv) = self.attention.backward(&d_attn, &q, &k, &v, &attn, &logsumexp, shape)?;
-        drop((d_attn, q, k, v, attn));
+        let (mut dq, mut dk, dv) = self.attention.backward(&d_attn, &attn, shape)?;
+        drop((d_attn, attn));
 
         kernels::rope_(&mut dq, &rope.cos, &rope.sin, true)?;
         kernels::rope_(&mut dk, &rope.cos, &rope.sin, true)?;

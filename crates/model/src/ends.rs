@@ -4,8 +4,8 @@ use fsdp_plan::replay::head_chunk_tokens;
 use fsdp_torch_ext::kernels;
 use tch::{Kind, Tensor};
 
-use crate::ModelError;
 use crate::linear::write_grad;
+use crate::{ModelError, norm};
 
 /// Token embedding.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ impl Head {
         targets: &Tensor,
         scale: f64,
     ) -> Result<HeadLoss, ModelError> {
-        let (h, rstd) = kernels::rms_norm(x, norm, self.eps)?;
+        let (h, rstd) = norm::forward(x, norm, self.eps)?;
         let dh = Tensor::f_empty(h.size(), (h.kind(), h.device()))?;
         let mut loss_sum = 0.0;
         // Chunks add up in fp32: in the gradient buffer itself where that is its dtype.
@@ -89,14 +89,14 @@ impl Head {
         if weight_grad.kind() != head_grad.kind() {
             write_grad(head_grad, &weight_grad)?;
         }
-        let (dx, d_norm) = kernels::rms_norm_backward(&dh, x, norm, &rstd)?;
+        let (dx, d_norm) = norm::backward(&dh, x, norm, &rstd)?;
         write_grad(norm_grad, &d_norm)?;
         Ok(HeadLoss { loss_sum, dx })
     }
 
     /// Forward alone: the sum over the valid tokens of their cross-entropy.
     pub fn loss(&self, norm: &Tensor, weight: &Tensor, x: &Tensor, targets: &Tensor) -> Result<f64, ModelError> {
-        let (h, _) = kernels::rms_norm(x, norm, self.eps)?;
+        let (h, _) = norm::forward(x, norm, self.eps)?;
         let mut loss_sum = 0.0;
         for (start, len) in self.chunks(x.size()[0]) {
             let mut logits = self.logits(&h.f_narrow(0, start, len)?, weight)?;
@@ -107,7 +107,7 @@ impl Head {
 
     /// The most likely next token after each of the given rows of x: `[rows] -> [rows]`.
     pub fn argmax(&self, norm: &Tensor, weight: &Tensor, x: &Tensor, rows: &Tensor) -> Result<Tensor, ModelError> {
-        let (h, _) = kernels::rms_norm(&x.f_index_select(0, rows)?, norm, self.eps)?;
+        let (h, _) = norm::forward(&x.f_index_select(0, rows)?, norm, self.eps)?;
         Ok(self.logits(&h, weight)?.f_argmax(1, false)?)
     }
 

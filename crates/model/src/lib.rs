@@ -3,7 +3,7 @@
 //! Layout:
 //! - [`block`]: the transformer block of Llama, Mistral, Qwen2 and Qwen3.
 //! - [`attention`]: causal attention, with or without a sliding window.
-//! - [`linear`]: products with weights and their gradients.
+//! - [`linear`]: products with weights and their gradients; [`norm`]: RMSNorm.
 //! - [`ends`]: the embedding, and the head with its chunked cross-entropy.
 //! - [`rope`]: rotary tables.
 //!
@@ -21,6 +21,7 @@ pub mod attention;
 pub mod block;
 pub mod ends;
 pub mod linear;
+pub mod norm;
 pub mod rope;
 
 pub use block::{Activations, Block};

@@ -29,31 +29,32 @@ inline float float_of(uint32_t u) {
   return x;
 }
 
-inline float load(float x) { return x; }
+inline float from_bf16(uint32_t bits) { return float_of(bits << 16); }
 
-inline float load(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
-
-inline float load(f16 x) {
-  uint32_t magnitude = x.bits & 0x7fff;
+inline float from_f16(uint32_t bits) {
+  uint32_t magnitude = bits & 0x7fff;
   uint32_t shifted = magnitude << 13;
-  float normal = float_of(shifted + (112u << 23));    // exponent bias 127 - 15
-  float special = float_of(shifted + (224u << 23));   // infinities and NaN: exponent 31 becomes 255
+  float normal = float_of(shifted + (112u << 23));   // exponent bias 127 - 15
+  float special = float_of(shifted + (224u << 23));  // infinities and NaN: exponent 31 becomes 255
   float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
   float value = magnitude >= 0x7c00 ? special : magnitude >= 0x0400 ? normal : subnormal;
-  return float_of(bits_of(value) | (uint32_t(x.bits & 0x8000) << 16));
+  return float_of(bits_of(value) | (bits & 0x8000) << 16);
 }
 
-// Rounds to nearest, ties to even; NaN stays a (quiet) NaN.
-inline void store(float& to, float x) { to = x; }
+inline float load(float x) { return x; }
+inline float load(bf16 x) { return from_bf16(x.bits); }
+inline float load(f16 x) { return from_f16(x.bits); }
 
-inline void store(bf16& to, float x) {
+// The conversions below round to nearest, ties to even; NaN stays a (quiet) NaN. They stay in 32 bits until the store,
+// so that vectors need not change their element size.
+
+inline uint32_t to_bf16(float x) {
   uint32_t u = bits_of(x);
   uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  uint32_t nan = (u >> 16) | 0x40;
-  to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+  return x != x ? 0x7fc0 : rounded;
 }
 
-inline void store(f16& to, float x) {
+inline uint32_t to_f16(float x) {
   uint32_t u = bits_of(x);
   uint32_t magnitude = u & 0x7fffffff;
   uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
@@ -62,15 +63,22 @@ inline void store(f16& to, float x) {
   uint32_t value = magnitude < 0x38800000 ? subnormal : normal;
   value = magnitude >= 0x477ff000 ? 0x7c00 : value;
   value = magnitude > 0x7f800000 ? 0x7e00 : value;
-  to.bits = uint16_t(value | ((u >> 16) & 0x8000));
+  return value | ((u >> 16) & 0x8000);
 }
 
+inline void store(float& to, float x) { to = x; }
+inline void store(bf16& to, float x) { to.bits = uint16_t(to_bf16(x)); }
+inline void store(f16& to, float x) { to.bits = uint16_t(to_f16(x)); }
+
+// x as it would be loaded after a store.
 template <class T>
-inline float round_to(float x) {
-  T rounded;
-  store(rounded, x);
-  return load(rounded);
-}
+float round_to(float x);
+template <>
+inline float round_to<float>(float x) { return x; }
+template <>
+inline float round_to<bf16>(float x) { return from_bf16(to_bf16(x)); }
+template <>
+inline float round_to<f16>(float x) { return from_f16(to_f16(x)); }
 
 // exp(x) within 2e-7, relative; x is cut to [-87, 88], where results are normal numbers. NaN gives NaN.
 inline float exp_cut(float x) {
@@ -247,6 +255,95 @@ void cross_entropy(Matrix logits, const int64_t* targets, float scale, double* l
   });
 }
 
+void attention_weights(
+    const float* scores, float scale, int64_t first, int64_t rows, int64_t window, int64_t begin_key, int64_t width,
+    uint16_t* weights, float* sums, float* lse) {
+  for (int64_t i = 0; i < kBlock; i++) {
+    const float* ss = scores + i * width;
+    uint16_t* ws = weights + i * width;
+    // Keys seen, as columns.
+    int64_t end = i < rows ? first + i + 1 - begin_key : 0;
+    int64_t begin = end > window ? end - window : 0;
+    float highest = -__builtin_inff(), sum = 0;
+    SIMD_MAX(highest)
+    for (int64_t c = begin; c < end; c++) highest = ss[c] > highest ? ss[c] : highest;
+    highest *= scale;
+    SIMD
+    for (int64_t c = 0; c < begin; c++) ws[c] = 0;
+    SIMD_SUM(sum)
+    for (int64_t c = begin; c < end; c++) {
+      float weight = exp_cut(ss[c] * scale - highest);
+      sum += weight;
+      ws[c] = uint16_t(to_bf16(weight));
+    }
+    SIMD
+    for (int64_t c = end; c < width; c++) ws[c] = 0;
+    sums[i] = i < rows ? sum : 1.0f;
+    if (i < rows) lse[i] = highest + float(__builtin_log(double(sum)));
+  }
+}
+
+void attention_weights_backward(
+    const float* scores, const float* dweights, float scale, int64_t first, int64_t rows, int64_t window,
+    int64_t begin_key, int64_t width, const float* lse, const float* delta, uint32_t* weight_pairs, uint16_t* dscores,
+    uint32_t* dscore_pairs) {
+  for (int64_t i = 0; i < kBlock; i += 2) {
+    const float *s0 = scores + i * width, *s1 = s0 + width, *dw0 = dweights + i * width, *dw1 = dw0 + width;
+    uint16_t *ds0 = dscores + i * width, *ds1 = ds0 + width;
+    uint32_t *ws = weight_pairs + i / 2 * width, *dss = dscore_pairs + i / 2 * width;
+    int end0 = int(i < rows ? first + i + 1 - begin_key : 0), end1 = int(i + 1 < rows ? first + i + 2 - begin_key : 0);
+    int begin0 = end0 > window ? int(end0 - window) : 0, begin1 = end1 > window ? int(end1 - window) : 0;
+    float lse0 = i < rows ? lse[i] : 0, lse1 = i + 1 < rows ? lse[i + 1] : 0;
+    float delta0 = i < rows ? delta[i] : 0, delta1 = i + 1 < rows ? delta[i + 1] : 0;
+    SIMD
+    for (int c = 0; c < int(width); c++) {
+      float w0 = exp_cut(s0[c] * scale - lse0), w1 = exp_cut(s1[c] * scale - lse1);
+      w0 = (c >= begin0) & (c < end0) ? w0 : 0.0f;
+      w1 = (c >= begin1) & (c < end1) ? w1 : 0.0f;
+      uint32_t d0 = to_bf16(w0 * (dw0[c] - delta0) * scale), d1 = to_bf16(w1 * (dw1[c] - delta1) * scale);
+      ws[c] = to_bf16(w0) | to_bf16(w1) << 16;
+      dss[c] = d0 | d1 << 16;
+      ds0[c] = uint16_t(d0);
+      ds1[c] = uint16_t(d1);
+    }
+  }
+}
+
+template <class T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  constexpr int64_t tile = 16;
+  for (int64_t r0 = 0; r0 < rows; r0 += tile) {
+    for (int64_t c0 = 0; c0 < columns; c0 += tile) {
+      int64_t r1 = r0 + tile < rows ? r0 + tile : rows, c1 = c0 + tile < columns ? c0 + tile : columns;
+      for (int64_t c = c0; c < c1; c++) {
+        for (int64_t r = r0; r < r1; r++) to[c * to_stride + r] = from[r * from_stride + c];
+      }
+    }
+  }
+}
+
+void rows_to_bf16(
+    const float* from, const float* divisors, int64_t rows, int64_t columns, uint16_t* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r++) {
+    float factor = divisors ? 1.0f / divisors[r] : 1.0f;
+    SIMD
+    for (int64_t c = 0; c < columns; c++) {
+      to[r * to_stride + c] = uint16_t(to_bf16(from[r * columns + c] * factor));
+    }
+  }
+}
+
+void row_dots(
+    const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, int64_t rows, int64_t columns,
+    float* dots) {
+  for (int64_t r = 0; r < rows; r++) {
+    float dot = 0;
+    SIMD_SUM(dot)
+    for (int64_t c = 0; c < columns; c++) dot += from_bf16(a[r * a_stride + c]) * from_bf16(b[r * b_stride + c]);
+    dots[r] = dot;
+  }
+}
+
 void accumulate(float* dst, const void* src, Dtype src_dtype, bool overwrite, int64_t begin, int64_t end) {
   with_type(src_dtype, [&](auto t) {
     auto* from = static_cast<const decltype(t)*>(src);
@@ -263,6 +360,20 @@ void accumulate(float* dst, const void* src, Dtype src_dtype, bool overwrite, in
 }  // namespace
 
 extern const RowKernels ROWS;
-const RowKernels ROWS = {rms_norm, rms_norm_backward, rope, silu_mul, silu_mul_backward, cross_entropy, accumulate};
+const RowKernels ROWS = {
+    rms_norm,
+    rms_norm_backward,
+    rope,
+    silu_mul,
+    silu_mul_backward,
+    cross_entropy,
+    attention_weights,
+    attention_weights_backward,
+    transpose<uint32_t>,
+    transpose<uint16_t>,
+    rows_to_bf16,
+    row_dots,
+    accumulate,
+};
 
 }  // namespace fte

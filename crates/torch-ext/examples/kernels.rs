@@ -7,7 +7,9 @@ use std::time::Instant;
 use fsdp_torch_ext::kernels::{
     accumulate, cross_entropy, rms_norm, rms_norm_backward, rope, silu_mul, silu_mul_backward,
 };
-use fsdp_torch_ext::{flash_attention_cpu, flash_attention_cpu_backward, tune_malloc};
+use fsdp_torch_ext::{
+    causal_attention, causal_attention_backward, flash_attention_cpu, flash_attention_cpu_backward, tune_malloc,
+};
 use tch::{Device, Kind, Tensor};
 
 // Tokens, model width, hidden width, vocabulary; then sequences, heads, positions, head width.
@@ -143,6 +145,17 @@ fn compare_attention() {
     }]);
     println!(
         "  flash                  forward {:8.3}  backward {:8.3}  sum {:8.3}",
+        times[0],
+        times[1],
+        times[0] + times[1]
+    );
+    let scale = (HEAD as f64).powf(-0.5);
+    let (out, lse) = causal_attention(&q, &k, &v, scale, None).unwrap();
+    let times = fastest([&mut || drop(causal_attention(&q, &k, &v, scale, None).unwrap()), &mut || {
+        drop(causal_attention_backward(&g, &q, &k, &v, &out, &lse, scale, None).unwrap())
+    }]);
+    println!(
+        "  causal_attention       forward {:8.3}  backward {:8.3}  sum {:8.3}",
         times[0],
         times[1],
         times[0] + times[1]

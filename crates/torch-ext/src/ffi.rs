@@ -81,6 +81,30 @@ unsafe extern "C" {
         grad_v: Out,
     ) -> *mut c_char;
 
+    pub(crate) fn fte_causal_attention_available() -> bool;
+    pub(crate) fn fte_causal_attention(
+        q: In,
+        k: In,
+        v: In,
+        scale: f64,
+        window: i64,
+        out: Out,
+        logsumexp: Out,
+    ) -> *mut c_char;
+    pub(crate) fn fte_causal_attention_backward(
+        grad_out: In,
+        q: In,
+        k: In,
+        v: In,
+        out: In,
+        logsumexp: In,
+        scale: f64,
+        window: i64,
+        grad_q: Out,
+        grad_k: Out,
+        grad_v: Out,
+    ) -> *mut c_char;
+
     pub(crate) fn fte_stream_current(device_type: i32, index: i32, stream: *mut RawStream) -> *mut c_char;
     pub(crate) fn fte_stream_from_pool(
         device_type: i32,

@@ -15,8 +15,8 @@ use crate::ffi::{self, take};
 /// The target that takes no part in the loss.
 pub const IGNORE_INDEX: i64 = -100;
 
-/// Root-mean-square norm of x [N, D] with weight [D] (x's dtype, or f32): y [N, D] in x's dtype, and the reciprocal
-/// root mean squares [N] f32 for backward. `x * rstd` is rounded to x's dtype before the weight multiplies it.
+/// Root-mean-square norm of x [N, D] with weight `[D]` (x's dtype, or f32): y [N, D] in x's dtype, and the reciprocal
+/// root mean squares `[N]` f32 for backward. `x * rstd` is rounded to x's dtype before the weight multiplies it.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor), TorchError> {
     let (mut y, mut rstd) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: tensors live through the call, outputs are places for one handle each.
@@ -26,7 +26,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor
     Ok(unsafe { (take(y), take(rstd)) })
 }
 
-/// Backward of [`rms_norm`]: dx [N, D] in x's dtype and dweight [D] f32.
+/// Backward of [`rms_norm`]: dx [N, D] in x's dtype and dweight `[D]` f32.
 pub fn rms_norm_backward(
     dy: &Tensor,
     x: &Tensor,
@@ -81,7 +81,7 @@ pub fn silu_mul_backward(dh: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Ten
 }
 
 /// The sum over rows of `-log softmax(logits)[target]`, rows with [`IGNORE_INDEX`] excluded, for logits [N, V] and
-/// targets [N] i64. **Overwrites the logits** with `scale` times the sum's gradient, `(softmax - onehot) * scale`, zero
+/// targets `[N]` i64. **Overwrites the logits** with `scale` times the sum's gradient, `(softmax - onehot) * scale`, zero
 /// in ignored rows. A target outside the vocabulary is an error and leaves the logits alone.
 pub fn cross_entropy(logits: &mut Tensor, targets: &Tensor, scale: f64) -> Result<f64, TorchError> {
     let mut loss_sum = 0.0;

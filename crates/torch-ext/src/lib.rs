@@ -7,7 +7,7 @@
 //! - [`autograd`]: gradients of chosen outputs for chosen inputs, with `grad_outputs`.
 //! - [`optimizer`]: fused AdamW, norms of many tensors.
 //! - [`stream`]: [`Stream`] and [`Event`]; [`accelerator`]: devices and their memory.
-//! - [`attention`]: flash attention on CPU, output and logsumexp kept, and its backward.
+//! - [`attention`]: attention on CPU, output and logsumexp kept, and its backward.
 //! - [`kernels`]: fused CPU kernels of a Llama block and its loss, forward and backward.
 //! - [`memory`]: tensors as slices; glibc's allocator made fit for large tensors.
 //! - `ffi`: the declarations of the C boundary, one to one with `cpp/`.
@@ -22,7 +22,7 @@ pub mod memory;
 pub mod optimizer;
 pub mod stream;
 
-pub use attention::{flash_attention_cpu, flash_attention_cpu_backward};
+pub use attention::{causal_attention, causal_attention_backward, flash_attention_cpu, flash_attention_cpu_backward};
 pub use autograd::grad;
 pub use error::TorchError;
 pub use memory::{tune_malloc, with_bytes, with_bytes_mut, with_f32_slice, with_f32_slice_mut};

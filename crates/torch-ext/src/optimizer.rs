@@ -1,6 +1,6 @@
 //! Operations on lists of tensors: one pass over memory, one launch on a GPU.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::error::{TorchError, check};
 use crate::ffi::{self, handle_or_null, handles, take};
@@ -17,7 +17,7 @@ pub struct AdamW {
 
 /// One AdamW step in place on `params`, `exp_avgs` and `exp_avg_sqs`, as `torch.optim.AdamW(fused=True)`.
 ///
-/// All lists have the same length, and the tensors of one place the same shape, dtype and device. `steps` holds
+/// All lists have the same length, and the tensors of one place the same shape, dtype and device, contiguous. `steps` holds
 /// one-element f32 tensors: the number of this step, from 1; the caller raises them. With `grad_scale` (one-element
 /// f32) gradients are divided by it, and written back so. When `found_inf` (one-element f32) is 1 nothing changes,
 /// without the host looking at it; it must be given, as without it libtorch reads an undefined tensor.
@@ -39,14 +39,26 @@ pub fn fused_adamw(
             return Err(TorchError::new(OP, message));
         }
     }
-    // The fused kernels take pointers of all tensors at the length of the param.
+    // The fused kernels walk the memory of all four by the number of elements of the param.
     for (i, param) in params.iter().enumerate() {
-        for (name, other) in [("grad", grads[i]), ("exp_avg", exp_avgs[i]), ("exp_avg_sq", exp_avg_sqs[i])] {
-            let same = other.size() == param.size() && other.kind() == param.kind() && other.device() == param.device();
-            if !same {
-                let message = format!("{name} {i}: expected {}, got {}", describe(param), describe(other));
+        for (name, t) in
+            [("param", *param), ("grad", grads[i]), ("exp_avg", exp_avgs[i]), ("exp_avg_sq", exp_avg_sqs[i])]
+        {
+            let same = t.size() == param.size() && t.kind() == param.kind() && t.device() == param.device();
+            if !same || !t.is_contiguous() {
+                let message = format!("{name} {i}: expected contiguous {}, got {}", describe(param), describe(t));
                 return Err(TorchError::new(OP, message));
             }
+        }
+    }
+    for (name, t) in steps
+        .iter()
+        .map(|t| ("step", *t))
+        .chain([("found_inf", found_inf)])
+        .chain(grad_scale.map(|t| ("grad_scale", t)))
+    {
+        if t.kind() != Kind::Float || t.numel() != 1 {
+            return Err(TorchError::new(OP, format!("{name}: expected one f32, got {}", describe(t))));
         }
     }
     let (params, grads) = (handles(params), handles(grads));
@@ -84,5 +96,5 @@ pub fn foreach_norm(tensors: &[&Tensor]) -> Result<Vec<Tensor>, TorchError> {
 }
 
 fn describe(t: &Tensor) -> String {
-    format!("{:?} {:?} on {:?}", t.kind(), t.size(), t.device())
+    format!("{:?} {:?} with strides {:?} on {:?}", t.kind(), t.size(), t.stride(), t.device())
 }

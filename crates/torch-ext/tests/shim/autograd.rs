@@ -2,6 +2,7 @@ use fsdp_torch_ext::grad;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::close::assert_same;
+use crate::seeded;
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -28,6 +29,7 @@ fn grad_is_the_product_of_grad_outputs_and_the_jacobian() {
 
 #[test]
 fn what_autograd_refuses_is_an_error_of_one_line() {
+    let _guard = seeded(13);
     let x = Tensor::ones([3], F32).set_requires_grad(true);
     let plain = Tensor::ones([3], F32);
     let y = &x * 2.0;
@@ -58,7 +60,7 @@ fn weights() -> Vec<Tensor> {
 
 #[test]
 fn views_of_slots_are_valid_again_when_the_slot_is_refilled() {
-    tch::manual_seed(1);
+    let _guard = seeded(14);
     let (weights, x) = (weights(), Tensor::randn([5, WIDTH], F32));
     let g = Tensor::randn([5, WIDTH], F32);
 

@@ -8,3 +8,13 @@ mod memory;
 mod optimizer;
 mod rounding;
 mod streams;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Seeds libtorch's generator, which all tests share, and keeps it for the test that holds the guard.
+fn seeded(seed: i64) -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    let guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed);
+    guard
+}

@@ -2,6 +2,7 @@ use fsdp_torch_ext::{AdamW, TorchError, foreach_norm, fused_adamw};
 use tch::{Device, Kind, Tensor};
 
 use crate::close::{assert_close, assert_same};
+use crate::seeded;
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 const HP: AdamW = AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
@@ -45,7 +46,7 @@ fn plain_step(s: &mut State, g: &Tensor, t: f64) {
 
 #[test]
 fn fused_adamw_is_the_textbook_step() {
-    tch::manual_seed(2);
+    let _guard = seeded(22);
     for scale in [None, Some(1024.0)] {
         let states = [state(37), state(1000)];
         let mut expected = states.each_ref().map(copy);
@@ -67,6 +68,7 @@ fn fused_adamw_is_the_textbook_step() {
 
 #[test]
 fn fused_adamw_changes_nothing_when_found_inf_is_set() {
+    let _guard = seeded(23);
     let states = [state(100)];
     let before = copy(&states[0]);
     let grads = [Tensor::full([100], f64::NAN, F32)];
@@ -78,19 +80,25 @@ fn fused_adamw_changes_nothing_when_found_inf_is_set() {
 
 #[test]
 fn fused_adamw_refuses_lists_that_do_not_fit() {
+    let _guard = seeded(24);
     let table = [
         ("length", vec![], "expected 1 grads"),
         ("shape", vec![Tensor::zeros([99], F32)], "[99]"),
+        ("strides", vec![Tensor::zeros([200], F32).slice(0, None, None, 2)], "strides [2]"),
         ("dtype", vec![Tensor::zeros([100], (Kind::BFloat16, Device::Cpu))], "BFloat16"),
     ];
     for (what, grads, part) in table {
         let error = step(&[state(100)], &grads, 1.0, None, 0.0).expect_err(what);
         assert!(error.op == "fused_adamw" && error.message.contains(part), "{what}: {error}");
     }
+    let nothing = Tensor::zeros([0], F32);
+    let error = fused_adamw(&[], &[], &[], &[], &[], &HP, None, &nothing).unwrap_err();
+    assert!(error.message.starts_with("found_inf: expected one f32"), "{error}");
 }
 
 #[test]
 fn foreach_norm_is_the_l2_norm_of_each() {
+    let _guard = seeded(25);
     let tensors = [Tensor::randn([1000], F32), Tensor::from_slice(&[3f32, -4.0]).view([1, 2]), Tensor::zeros([0], F32)];
     let norms = foreach_norm(&tensors.each_ref()).unwrap();
     for (t, norm) in tensors.iter().zip(&norms) {

@@ -56,35 +56,3 @@ fn without_an_accelerator_there_are_no_devices() {
         assert!(error.op.starts_with("accelerator::"));
     }
 }
-
-/// Runs where CUDA kernels are loaded and a GPU is there.
-#[test]
-fn events_order_the_streams_of_an_accelerator() {
-    if !accelerator::is_available() {
-        return;
-    }
-    let device = accelerator::current().unwrap();
-    let side = Stream::new_from_pool(device, true).unwrap();
-    let main = Stream::current(device).unwrap();
-    assert_ne!(side, main);
-    let x = Tensor::ones([1 << 20], (tch::Kind::Float, device));
-    let mut ready = Event::new(device).unwrap();
-    ready.record(&main).unwrap();
-    side.wait(&ready).unwrap();
-    let y = {
-        let _guard = side.enter().unwrap();
-        assert_eq!(Stream::current(device).unwrap(), side);
-        &x * 3.0
-    };
-    let mut done = Event::new(device).unwrap();
-    done.record(&side).unwrap();
-    assert!(!done.native_handle().is_null());
-    assert!(!side.native_handle().unwrap().is_null());
-    main.wait(&done).unwrap();
-    assert_eq!((&y + 1.0).sum(tch::Kind::Double).double_value(&[]), 4.0 * (1 << 20) as f64);
-    done.synchronize().unwrap();
-    assert!(done.query().unwrap());
-    accelerator::synchronize(device).unwrap();
-    let stats = accelerator::memory_stats(device).unwrap();
-    assert!(stats.peak_allocated_bytes >= 8 << 20 && stats.reserved_bytes >= stats.allocated_bytes, "{stats:?}");
-}

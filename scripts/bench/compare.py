@@ -156,9 +156,9 @@ def main():
     show("start-up, s", peer["startup_s"], ours["startup_s"], "<= 0.2", 2)
     for (name, mib), gib_per_sec in gloo.items():
         show(f"{name} {mib} MiB, GiB/s", gib_per_sec, comm[name, mib], ">= 5", 2)
-    for name, seconds in dict(products=products["products_s"], attention=products["attention_s"]).items():
+    for name, seconds in {"products": products["products_s"], "libtorch attention": products["attention_s"]}.items():
         share = {side: seconds / median[side]["step_s"] for side in median}
-        print(f"{name + ' alone, share of a step':<34}{share['peer']:>14.0%}{share['ours']:>14.0%}     "
+        print(f"{name + ', of a step':<34}{share['peer']:>14.0%}{share['ours']:>14.0%}     "
               f"{seconds:.3f} s of {ours['step_s']:.3f} s")
     if args.json:
         flat = lambda table: [dict(collective=c, mib=m, gib_per_sec=v) for (c, m), v in table.items()]

@@ -205,9 +205,7 @@ impl Engine {
         }
 
         let arch = &plan.arch;
-        let compute = kind(plan.compute_dtype);
-        let blocks =
-            (0..arch.num_layers).map(|i| Block::new(arch, i, config.seq_len, compute)).collect::<Result<_, _>>()?;
+        let blocks = (0..arch.num_layers).map(|i| Block::new(arch, i, config.seq_len)).collect();
         let head = Head::new(arch.vocab_size, arch.rms_norm_eps);
         let rope = RopeTables::new(arch, config.seq_len, config.buffer_dtype)?;
         let scaler = (plan.compute_dtype == Dtype::Fp16).then(LossScaler::default);

@@ -12,10 +12,11 @@ pub fn fill(seed: u64, name: &str, init: Init, start: usize, out: &mut [f32]) {
             let mut pair = (f64::NAN, f64::NAN);
             for (i, value) in out.iter_mut().enumerate() {
                 let index = start + i;
-                if i == 0 || index % 2 == 0 {
+                let is_first = index.is_multiple_of(2);
+                if i == 0 || is_first {
                     pair = normal_pair(key, index as u64 / 2);
                 }
-                *value = (std * if index % 2 == 0 { pair.0 } else { pair.1 }) as f32;
+                *value = (std * if is_first { pair.0 } else { pair.1 }) as f32;
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Layout:
 //! - [`engine`]: one rank's engine; walks the program.
-//! - [`unit`]: a unit's shards and its views into slot and gradient buffer: unshard, reduce.
+//! - [`mod@unit`]: a unit's shards and its views into slot and gradient buffer: unshard, reduce.
 //! - [`optimizer`]: global norm, clipping, AdamW over the shards.
 //! - [`scaler`]: the dynamic loss scale for fp16.
 //! - [`init`]: random weights that depend on seed and name only.

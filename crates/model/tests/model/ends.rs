@@ -3,7 +3,7 @@
 use fsdp_model::{Embedding, Head};
 use tch::{Device, Kind, Tensor};
 
-use crate::reference::{assert_near, random, rms_norm};
+use crate::reference::{Random, assert_near, rms_norm};
 
 const EPS: f64 = 1e-5;
 
@@ -20,14 +20,14 @@ struct Fixture {
 impl Fixture {
     fn new((n, v, d): (i64, i64, i64), weight_kind: Kind, compute: Kind) -> Self {
         tch::set_num_threads(1);
-        tch::manual_seed(2);
+        let mut random = Random::new(2);
         let rounded = |t: Tensor, kind| t.to_kind(kind).to_kind(Kind::Float);
         // Every fourth target is ignored, so that a chunk may begin or end with one.
         let targets: Vec<i64> = (0..n).map(|i| if i % 4 == 3 { -100 } else { i * 7919 % v }).collect();
         Fixture {
-            norm: rounded(random(&[d], 0.3) + 1.0, compute),
-            weight: rounded(random(&[v, d], 0.5), weight_kind),
-            x: rounded(random(&[n, d], 1.0), compute),
+            norm: rounded(random.tensor(&[d], 0.3) + 1.0, compute),
+            weight: rounded(random.tensor(&[v, d], 0.5), weight_kind),
+            x: rounded(random.tensor(&[n, d], 1.0), compute),
             targets: Tensor::from_slice(&targets),
         }
     }
@@ -100,13 +100,13 @@ fn without_any_valid_target_loss_and_gradients_are_zero() {
 
 #[test]
 fn the_embedding_gathers_rows_and_sums_their_gradients() {
-    tch::manual_seed(3);
+    let mut random = Random::new(3);
     let (v, d) = (12, 5);
-    let weight = random(&[v, d], 1.0);
+    let weight = random.tensor(&[v, d], 1.0);
     // One id often, some never.
     let ids: Vec<i64> = (0..600).map(|i| if i % 3 == 0 { 4 } else { i % 7 }).collect();
     let ids = Tensor::from_slice(&ids);
-    let dx = random(&[600, d], 1.0);
+    let dx = random.tensor(&[600, d], 1.0);
     for (weight_kind, compute) in
         [(Kind::Float, Kind::Float), (Kind::BFloat16, Kind::BFloat16), (Kind::Float, Kind::BFloat16)]
     {

@@ -3,9 +3,25 @@
 use fsdp_plan::Architecture;
 use tch::{Kind, Tensor};
 
-/// A tensor of standard normal numbers times `std`, for gradients.
-pub fn random(shape: &[i64], std: f64) -> Tensor {
-    Tensor::randn(shape, (Kind::Float, tch::Device::Cpu)) * std
+/// Random numbers of one test; libtorch's own are shared by all that run.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Random(seed)
+    }
+
+    /// fp32, even over an interval around zero, with standard deviation `std`.
+    pub fn tensor(&mut self, shape: &[i64], std: f64) -> Tensor {
+        let numbers: Vec<f64> = (0..shape.iter().product()).map(|_: i64| self.uniform() * 12f64.sqrt() * std).collect();
+        Tensor::from_slice(&numbers).view(shape).to_kind(Kind::Float)
+    }
+
+    /// From -0.5 to 0.5.
+    fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 11) as f64 / (1u64 << 53) as f64 - 0.5
+    }
 }
 
 /// `norm(a - b) / norm(b)`; a `b` of next to nothing (a gradient that is zero) counts as 3.

@@ -229,6 +229,8 @@ impl Engine {
     /// One optimizer step over this rank's microbatches, which must be as many as the plan's accumulation. Collective.
     /// `stop` is this rank's wish to stop after the step; the report has the wish of any rank.
     pub fn train_step(&mut self, batches: &[MicroBatch], lr: f64, stop: bool) -> Result<StepReport, EngineError> {
+        let accumulation = self.plan.training.iter().filter(|step| matches!(step, Step::Loss { .. })).count();
+        assert_eq!(batches.len(), accumulation, "microbatches of a step");
         let mut pass = Pass::new(batches, self.units.len(), HeadMode::Loss);
         let mut report =
             StepReport { loss: 0.0, grad_norm: 0.0, num_tokens: 0, skipped: false, stop, comm_time: Duration::ZERO };
@@ -314,7 +316,7 @@ impl Engine {
     }
 
     fn retry_deferred(&mut self) -> Result<(), EngineError> {
-        // In order: ranks publish in the same order, so that sequence numbers agree.
+        // In order of their starts, so that gathers keep the program's order among themselves on every rank.
         while let Some(&unit) = self.deferred.first() {
             let slot = &mut self.slots[self.plan.slots.slot_of_unit[unit]];
             if !self.pg.try_begin_write(slot)? {
@@ -457,12 +459,17 @@ impl Engine {
 
     /// The norm of each of this rank's pieces of the (scaled) gradient.
     fn grad_norms(&self) -> Result<Vec<f64>, EngineError> {
-        let views = self.piece_views(&self.optimizer.grad_shards)?;
-        if views.is_empty() {
+        // libtorch adds the squares of a tensor one by one in fp32, which over millions of them loses digits.
+        const MAX_NUMEL: i64 = 1 << 16;
+        let pieces = self.piece_views(&self.optimizer.grad_shards)?;
+        let parts = pieces.iter().map(|view| view.f_split(MAX_NUMEL, 0)).collect::<Result<Vec<_>, _>>()?;
+        if parts.is_empty() {
             return Ok(vec![]);
         }
-        let norms = ext::foreach_norm(&views.iter().collect::<Vec<_>>())?;
-        Ok(Vec::<f64>::try_from(Tensor::f_stack(&norms, 0)?.f_to_kind(Kind::Double)?)?)
+        let norms = ext::foreach_norm(&parts.iter().flatten().collect::<Vec<_>>())?;
+        let norms = Vec::<f64>::try_from(Tensor::f_stack(&norms, 0)?.f_to_kind(Kind::Double)?)?;
+        let mut norms = norms.into_iter();
+        Ok(parts.iter().map(|p| norms.by_ref().take(p.len()).map(|n| n * n).sum::<f64>().sqrt()).collect())
     }
 
     fn piece_views(&self, flat: &Tensor) -> Result<Vec<Tensor>, EngineError> {

@@ -3,7 +3,7 @@
 //! Layout:
 //! - [`engine`]: one rank's engine; walks the program.
 //! - [`mod@unit`]: a unit's shards and its views into slot and gradient buffer: unshard, reduce.
-//! - [`optimizer`]: global norm, clipping, AdamW over the shards.
+//! - [`optimizer`]: AdamW over the shards, clipping.
 //! - [`scaler`]: the dynamic loss scale for fp16.
 //! - [`init`]: random weights that depend on seed and name only.
 //! - [`non_finite`]: where a NaN or infinity first appears.

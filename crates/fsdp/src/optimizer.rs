@@ -1,4 +1,4 @@
-//! Global gradient norm and AdamW, over shards.
+//! AdamW over shards, and how far gradients are clipped.
 
 use fsdp_plan::UnitLayout;
 use fsdp_torch_ext as ext;

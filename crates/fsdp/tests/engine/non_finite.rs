@@ -1,0 +1,135 @@
+//! A step that is not finite names its first place, the same on all ranks, and changes nothing.
+
+use fsdp::{Engine, EngineError, NonFinite, StateKind};
+use fsdp_plan::Dtype;
+use fsdp_torch_ext as ext;
+
+use crate::job::{Dtypes, GLOBAL_BATCH, Job, SEQ_LEN, TIED, UNTIED, fp32, state_bits};
+use crate::ranks::{World, run};
+
+#[test]
+fn what_is_not_finite_is_named_and_changes_nothing() {
+    (1..=3).for_each(|world_size| drop(run("non_finite", world_size)));
+}
+
+pub fn rank(world: &mut World) {
+    weights(world);
+    outputs(world);
+    gradients(world);
+    no_valid_token(world);
+}
+
+/// Sets elements of this rank's pieces of a parameter.
+fn set(engine: &mut Engine, name: &str, value: impl Fn(usize, f32) -> f32) {
+    let pieces = engine.pieces().to_vec();
+    ext::with_f32_slice_mut(engine.state_mut(StateKind::Param), |master| {
+        for piece in pieces.iter().filter(|piece| piece.name == name) {
+            for (i, x) in master[piece.flat.clone()].iter_mut().enumerate() {
+                *x = value(piece.start + i, *x);
+            }
+        }
+    })
+    .unwrap();
+}
+
+fn fails(world: &World, job: &Job, engine: &mut Engine) -> NonFinite {
+    let before = (state_bits(engine), engine.progress());
+    let error = engine.train_step(&job.batches(world, 0), job.lr, false).unwrap_err();
+    assert_eq!((state_bits(engine), engine.progress()), before, "{error}");
+    match error {
+        EngineError::NonFinite(place) => place,
+        error => panic!("{error}"),
+    }
+}
+
+/// One NaN in one rank's shard: rank, unit and parameter.
+fn weights(world: &mut World) {
+    for (model, bad) in [(TIED, f32::NAN), (UNTIED, f32::INFINITY)] {
+        for victim in 0..world.size {
+            let job = Job::new(model);
+            let mut engine = job.engine(world);
+            // The last piece of the second block that the victim holds.
+            let piece = engine.pieces().iter().rfind(|piece| piece.unit == 2).cloned();
+            let piece = piece.expect("each rank has a part of each unit");
+            let (name, at) = if world.rank == victim { (piece.name, piece.start) } else { (String::new(), 0) };
+            set(&mut engine, &name, |i, x| if i == at { bad } else { x });
+            match fails(world, &job, &mut engine) {
+                NonFinite::Weight { rank, unit, param } => {
+                    assert_eq!((rank, unit.as_str()), (victim, "layers.1"));
+                    assert!(world.rank != victim || param == name, "{param}, expected {name}");
+                    assert!(param.starts_with("model.layers.1."), "{param}");
+                }
+                other => panic!("{other}"),
+            }
+        }
+    }
+}
+
+/// Finite weights whose products are not: the first unit whose output shows it.
+fn outputs(world: &mut World) {
+    let accumulation = if world.size == 3 { 2 } else { 3 };
+    for (compute, dtypes, large, huge) in
+        [(Dtype::Fp32, fp32 as Dtypes, 1e20, 3e38), (Dtype::Fp16, fp16 as Dtypes, 1e3, 6e4)]
+    {
+        for (params, value, expected) in [
+            (
+                &["model.layers.2.self_attn.v_proj.weight", "model.layers.2.self_attn.o_proj.weight"][..],
+                large,
+                "layers.2",
+            ),
+            (&["model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.o_proj.weight"], large, "layers.0"),
+            (&["lm_head.weight"], huge, "head"),
+        ] {
+            let job = Job { compute, dtypes, accumulation, ..Job::new(UNTIED) };
+            let mut engine = job.engine(world);
+            let fresh = engine.state(StateKind::Param).copy();
+            params.iter().for_each(|param| set(&mut engine, param, |i, _| if i % 3 == 0 { -value } else { value }));
+            let place = fails(world, &job, &mut engine);
+            assert_eq!(place, NonFinite::Output { rank: 0, unit: expected.to_string() }, "{params:?} in {compute}");
+            // The engine is as good as before: with the old weights back it trains as a new one.
+            engine.state_mut(StateKind::Param).copy_(&fresh);
+            let loss = job.step(world, &mut engine, 0).loss;
+            let mut other = job.engine(world);
+            assert_eq!(loss, job.step(world, &mut other, 0).loss);
+        }
+    }
+    // A weight that its param dtype cannot hold.
+    let job = Job { compute: Dtype::Fp16, dtypes: fp16, ..Job::new(TIED) };
+    let mut engine = job.engine(world);
+    set(&mut engine, "model.embed_tokens.weight", |_, _| 1e5);
+    let place = fails(world, &job, &mut engine);
+    assert_eq!(place, NonFinite::Output { rank: 0, unit: "embed_tokens".to_string() });
+}
+
+fn fp16(_: &str) -> (Dtype, Dtype) {
+    (Dtype::Fp16, Dtype::Fp32)
+}
+
+/// Weights, outputs and loss are finite, the norm of a gradient is not.
+fn gradients(world: &mut World) {
+    // Norms over tiny rows have huge gradients.
+    let model = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-45,
+        "initializer_range": 1}"#;
+    let job = Job::new(model);
+    let mut engine = job.engine(world);
+    set(&mut engine, "model.embed_tokens.weight", |i, _| (i % 5) as f32 * 1e-22);
+    match fails(world, &job, &mut engine) {
+        NonFinite::Gradient { unit, param, .. } => {
+            assert_eq!((unit.as_str(), param.as_str()), ("embed_tokens", "model.embed_tokens.weight"));
+        }
+        other => panic!("{other}"),
+    }
+}
+
+fn no_valid_token(world: &mut World) {
+    let job = Job::new(TIED);
+    let mut engine = job.engine(world);
+    let before = state_bits(&engine);
+    let num_tokens = GLOBAL_BATCH / world.size * SEQ_LEN;
+    let nothing = Engine::micro_batch(&vec![1; num_tokens], &vec![-100; num_tokens], 0);
+    let error = engine.train_step(&[nothing], job.lr, false).unwrap_err();
+    assert!(matches!(error, EngineError::NoValidToken), "{error}");
+    assert_eq!(state_bits(&engine), before);
+    assert!(job.step(world, &mut engine, 0).loss.is_finite(), "the engine goes on");
+}

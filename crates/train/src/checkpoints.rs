@@ -94,7 +94,20 @@ impl Checkpoints {
             tracing::info!("removed {}, which an earlier run left unfinished", path.display());
         }
         match &config.checkpoint.resume {
-            Resume::Path(path) => Ok(Some(Checkpoint::open(path)?)),
+            Resume::Path(path) => {
+                let checkpoint = Checkpoint::open(path)?;
+                let step = checkpoint.manifest().step;
+                // Saving never overwrites: better said now than after the steps up to there.
+                match sharded::list(&self.root)?.last() {
+                    Some((newer, newer_path)) if *newer > step => Err(TrainError::BadInput(format!(
+                        "[checkpoint] resume = {:?} is of step {step}, but {} is of a later one; move it away, or choose \
+                         another [output] dir",
+                        path.display().to_string(),
+                        newer_path.display()
+                    ))),
+                    _ => Ok(Some(checkpoint)),
+                }
+            }
             Resume::Never => match sharded::list(&self.root)?.last() {
                 None => Ok(None),
                 Some((_, path)) => Err(TrainError::BadInput(format!(

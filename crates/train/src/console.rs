@@ -28,6 +28,7 @@ pub fn start_logging(log_dir: &Path, env: &WorkerEnv) -> io::Result<()> {
     let stderr = Stderr { clear: env.terminal_width.is_some() && env.rank == 0 };
     let to_stderr = fmt::layer()
         .with_writer(stderr)
+        .log_internal_errors(false)
         .with_ansi(env.terminal_width.is_some())
         .without_time()
         .with_level(false)

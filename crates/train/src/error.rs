@@ -1,6 +1,7 @@
 //! What can end a rank, as exit status and error record.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use fsdp::EngineError;
 use fsdp_checkpoint::CheckpointError;
@@ -11,6 +12,9 @@ use fsdp_control::error_file::{ErrorKind, ErrorRecord};
 use fsdp_control::{ControlError, ExitStatus};
 use fsdp_data::DataError;
 use fsdp_plan::PlanError;
+
+/// The step that this process is at, from 1; 0 before the first. For records, also of panics on any thread.
+pub static STEP: AtomicU64 = AtomicU64::new(0);
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -50,6 +54,12 @@ impl TrainError {
 
     fn kind(&self) -> ErrorKind {
         match self {
+            // Not the data's fault.
+            TrainError::Data(DataError::Io { .. }) => ErrorKind::Io,
+            // Another rank did not say in time what this one waits for.
+            TrainError::Control(ControlError::KeyTimeout { .. } | ControlError::BarrierTimeout { .. }) => {
+                ErrorKind::CollectiveTimeout
+            }
             TrainError::Config(_) | TrainError::Plan(_) | TrainError::Data(_) | TrainError::BadInput(_) => {
                 ErrorKind::BadInput
             }
@@ -71,6 +81,7 @@ impl TrainError {
     /// What the launcher reads.
     pub fn record(&self, env: &WorkerEnv) -> ErrorRecord {
         let mut record = ErrorRecord::new(env.rank, env.local_rank, self.kind(), self.to_string(), self.exit_status());
+        record.step = STEP.load(Ordering::Relaxed);
         let mut source = std::error::Error::source(self);
         while let Some(cause) = source {
             // Most messages have their cause in them already, and libtorch's go on with a C++ stack.

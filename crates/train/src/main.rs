@@ -22,6 +22,7 @@ mod weights;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use fsdp_config::JobConfig;
 use fsdp_control::env::WorkerEnv;
@@ -30,7 +31,7 @@ use fsdp_control::progress::{Progress, ProgressHandle};
 use fsdp_control::stop::StopFlag;
 use fsdp_control::{ExitStatus, lifeline};
 
-use crate::error::TrainError;
+use crate::error::{STEP, TrainError};
 use crate::trainer::{Outcome, Trainer};
 
 fn main() -> ExitCode {
@@ -114,7 +115,8 @@ fn record_panics(log_dir: &Path, env: &WorkerEnv) {
         let place = info.location().map_or(String::new(), |at| format!(" at {}:{}", at.file(), at.line()));
         let message = format!("panic{place}: {text}");
         tracing::error!("{message}");
-        let record = ErrorRecord::new(env.rank, env.local_rank, ErrorKind::Panic, message, ExitStatus::Failed);
+        let mut record = ErrorRecord::new(env.rank, env.local_rank, ErrorKind::Panic, message, ExitStatus::Failed);
+        record.step = STEP.load(Ordering::Relaxed);
         let _ = error_file::write(&log_dir, &record);
         default(info);
     }));

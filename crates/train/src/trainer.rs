@@ -1,6 +1,7 @@
 //! The job on one rank: from config to exported model.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fsdp::{AdamWConfig, Engine, EngineConfig, MicroBatch, StepReport};
@@ -16,7 +17,7 @@ use tch::Tensor;
 
 use crate::checkpoints::{Checkpoints, TrainerState};
 use crate::console::{Console, Figures};
-use crate::error::TrainError;
+use crate::error::{STEP, TrainError};
 use crate::metrics::{MetricsFile, StepLine, ValidationLine, peak_resident_bytes};
 use crate::validation::Validator;
 use crate::weights;
@@ -79,7 +80,7 @@ impl Trainer {
         let mut loader = Loader::new(dataset, rank, world_size, micro_batch_size, accumulation);
         let total_steps = match config.training.duration {
             config::Duration::Steps(steps) => steps,
-            config::Duration::Epochs(epochs) => epochs * loader.steps_per_epoch(),
+            config::Duration::Epochs(epochs) => epochs.saturating_mul(loader.steps_per_epoch()),
         };
 
         let mut store = Store::connect((&env.master_addr, env.master_port), timeout)?;
@@ -128,30 +129,33 @@ impl Trainer {
 
     /// Trains to the end, or until a rank is asked to stop.
     pub fn run(mut self) -> Result<Outcome, TrainError> {
-        if self.step >= self.total_steps && self.config.output.dir.join("hf").is_dir() {
+        if self.step >= self.total_steps && weights::is_exported(&self.config, self.step)? {
             tracing::info!("nothing to do: all {} steps are done and exported", self.total_steps);
             return Ok(Outcome::Done);
+        }
+        if self.rank == 0 {
+            weights::forget_export(&self.config)?;
         }
         self.last_step_end = Instant::now();
         while self.step < self.total_steps {
             let stop = self.train_step()?;
             let is_last = self.step == self.total_steps;
-            if is_due(self.step, self.config.validation.as_ref().map_or(0, |v| v.every_steps)) && !is_last {
-                self.validate()?;
-            }
             if stop && !is_last {
+                // At once: who asks to stop does not wait for a validation.
                 self.save()?;
                 tracing::info!("stopped after step {}; the same command goes on from here", self.step);
                 return Ok(Outcome::Stopped);
+            }
+            if is_due(self.step, self.config.validation.as_ref().map_or(0, |v| v.every_steps)) || is_last {
+                self.validate()?;
             }
             let every_steps = self.config.checkpoint.every_steps;
             if is_due(self.step, every_steps) || (is_last && every_steps > 0) {
                 self.save()?;
             }
         }
-        self.validate()?;
         self.console.phase("exporting the model");
-        weights::export(&mut self.engine, &self.config)?;
+        weights::export(&mut self.engine, &self.config, self.step)?;
         tracing::info!("exported {}", self.config.output.dir.join("hf").display());
         Ok(Outcome::Done)
     }
@@ -159,6 +163,7 @@ impl Trainer {
     /// One optimizer step: microbatches, program, metrics. Returns whether any rank was asked to stop.
     fn train_step(&mut self) -> Result<bool, TrainError> {
         let step = self.step + 1;
+        STEP.store(step, Ordering::Relaxed);
         if let Some(progress) = &self.progress {
             progress.set_step(step);
         }

@@ -1,6 +1,7 @@
 //! First weights, from the model's files or at random, and the exported model. Each rank touches only its own ranges.
 
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use fsdp::{Engine, StateKind, init};
 use fsdp_checkpoint::Dtype;
@@ -41,11 +42,36 @@ pub fn load(engine: &mut Engine, config: &JobConfig) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// Writes `<output.dir>/hf/`: every rank its own ranges of the same files. Collective.
-pub fn export(engine: &mut Engine, config: &JobConfig) -> Result<(), TrainError> {
+/// Whether `<output.dir>/hf/` holds the weights after `step` in the dtype that the config asks for.
+pub fn is_exported(config: &JobConfig, step: u64) -> Result<bool, TrainError> {
+    let text = std::fs::read_to_string(mark_path(config)).unwrap_or_default();
+    Ok(text == mark(step, output_dtype(config)?) && config.output.dir.join("hf").is_dir())
+}
+
+/// Rank 0, before weights change: what `hf/` holds is then an older state.
+pub fn forget_export(config: &JobConfig) -> Result<(), TrainError> {
+    let path = mark_path(config);
+    match std::fs::remove_file(&path) {
+        Err(source) if source.kind() != ErrorKind::NotFound => Err(TrainError::Io { path, source }),
+        _ => Ok(()),
+    }
+}
+
+/// The file beside `hf/` that says what it holds; the folder itself depends on weights only.
+fn mark_path(config: &JobConfig) -> PathBuf {
+    config.output.dir.join("hf.txt")
+}
+
+fn mark(step: u64, dtype: Dtype) -> String {
+    format!("weights after step {step} in {dtype}\n")
+}
+
+/// Writes `<output.dir>/hf/`, the weights after `step`: every rank its own ranges of the same files. Collective.
+pub fn export(engine: &mut Engine, config: &JobConfig, step: u64) -> Result<(), TrainError> {
     let source_dir = Path::new(&config.model.path);
     let final_dir = config.output.dir.join("hf");
-    let layout = ExportLayout::new(&tensors(engine.plan()), output_dtype(config)?, MAX_FILE_BYTES);
+    let dtype = output_dtype(config)?;
+    let layout = ExportLayout::new(&tensors(engine.plan()), dtype, MAX_FILE_BYTES);
     let pg = engine.process_group();
     let mut export = if pg.rank() == 0 {
         let export = Export::create(&layout, &final_dir, source_dir)?;
@@ -64,6 +90,8 @@ pub fn export(engine: &mut Engine, config: &JobConfig) -> Result<(), TrainError>
     pg.barrier()?;
     if pg.rank() == 0 {
         export.commit()?;
+        let path = mark_path(config);
+        std::fs::write(&path, mark(step, dtype)).map_err(|source| TrainError::Io { path, source })?;
     }
     Ok(pg.barrier()?)
 }

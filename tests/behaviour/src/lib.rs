@@ -1,0 +1,13 @@
+//! How the built binaries behave, seen from outside: what they refuse, what they survive, what they leave behind.
+//!
+//! The tests start the real `fsdp-launch` that lies in the same target folder.
+//!
+//! - [`model`]: tiny model folders.
+//! - [`job`]: a folder with all that a job needs, one run of it, and what it left behind.
+//! - [`processes`]: the ranks of a run, and who is left of them.
+
+#![forbid(unsafe_code)]
+
+pub mod job;
+pub mod model;
+pub mod processes;

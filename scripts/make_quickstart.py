@@ -4,77 +4,182 @@
     scripts/make_quickstart.py [FOLDER]        default: out/quickstart-data
 
 FOLDER/model/            config.json and a tokenizer, no weights: the job starts from random ones
-FOLDER/train.jsonl       {"prompt": "Reverse the word planet.", "completion": "tenalp"}, six kinds of task
-FOLDER/validation.jsonl  the same kinds; no prompt of the training set
-FOLDER/prompts.json      a few prompts that are in neither file, with the right answers
+FOLDER/train.jsonl       lines like {"prompt": "Reverse the word planet.", "completion": "tenalp"}
+FOLDER/validation.jsonl  the same kinds of tasks; none of its prompts is in train.jsonl
+FOLDER/prompts.json      prompts that are in neither file, with the right answers; quickstart.toml asks them
 
-The answers follow rules, and the operands are random, so a model that answers new prompts has learnt the rules.
+The answers follow rules and the operands are random, so a model that answers new prompts has learnt the rules.
 """
 
 import json
 import random
-import re
 import sys
 from pathlib import Path
 
 NUM_TRAIN = 60_000
-NUM_VALIDATION = 512
-SEED = 3
+NUM_VALIDATION = 256
+SEED = 20
 
-# What quickstart.toml asks the trained model, so it must not be in the training data.
-PROMPTS = [
-    "What is 47 + 38?",
-    "What is 19 + 64?",
-    "What is 73 - 26?",
-    "What is 90 - 51?",
-    "Reverse the word planet.",
-    "Reverse the word window.",
-    "Write the word garden in capitals.",
-    "Write the word rust in capitals.",
-    "Sort the letters of orange.",
-    "Sort the letters of shard.",
-    "Count the letters of elephant.",
-    "Count the letters of tensor.",
+SUM = "What is {} + {}?"
+# Task -> rule. Words have 3 to 6 letters.
+WORD_TASKS = {
+    "Reverse the word {}.": lambda word: word[::-1],
+    "Upper-case the word {}.": str.upper,
+    "Sort the letters of {}.": lambda word: "".join(sorted(word)),
+    "Count the letters of {}.": lambda word: str(len(word)),
+}
+# How often each task comes: sums take the longest to learn, counting the shortest.
+SHARES = {
+    SUM: 6,
+    "Reverse the word {}.": 3,
+    "Upper-case the word {}.": 2,
+    "Sort the letters of {}.": 3,
+    "Count the letters of {}.": 1,
+}
+
+# (task, operands) that training never sees.
+ASKED = [
+    (SUM, 23, 19),
+    (SUM, 38, 45),
+    (SUM, 16, 27),
+    (SUM, 42, 31),
+    ("Reverse the word {}.", "planet"),
+    ("Reverse the word {}.", "window"),
+    ("Reverse the word {}.", "shard"),
+    ("Upper-case the word {}.", "garden"),
+    ("Upper-case the word {}.", "rust"),
+    ("Sort the letters of {}.", "orange"),
+    ("Sort the letters of {}.", "tiger"),
+    ("Count the letters of {}.", "tensor"),
 ]
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+def example(task, *operands):
+    """The prompt of a task and its right answer."""
+    answer = str(sum(operands)) if task == SUM else WORD_TASKS[task](*operands)
+    return {"prompt": task.format(*operands), "completion": answer}
 
 
-def answer(prompt):
-    """The right completion of a prompt, by the rules."""
-    if match := re.fullmatch(r"What is (\d+) ([+-]) (\d+)\?", prompt):
-        a, operator, b = match.groups()
-        return str(int(a) + int(b) if operator == "+" else int(a) - int(b))
-    task, word = re.fullmatch(r"(.*?) ([a-z]+)(?: in capitals)?\.", prompt).groups()
-    return {
-        "Reverse the word": lambda: word[::-1],
-        "Write the word": lambda: word.upper(),
-        "Sort the letters of": lambda: "".join(sorted(word)),
-        "Count the letters of": lambda: str(len(word)),
-    }[task]()
+def random_example(rng):
+    task = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if task == SUM:
+        return example(task, rng.randrange(10, 50), rng.randrange(10, 50))
+    return example(task, random_word(rng))
 
 
 def random_word(rng):
-    """A word of 3 to 8 letters, half of them pronounceable."""
-    length = rng.randint(3, 8)
+    """Half of the words are any letters, half alternate vowels and consonants."""
+    length = rng.randint(3, 6)
+    letters = "abcdefghijklmnopqrstuvwxyz"
     if rng.random() < 0.5:
-        return "".join(rng.choice(LETTERS) for _ in range(length))
-    kinds = ("bcdfghjklmnprstvwz", "aeiou")
-    first = rng.randrange(2)
-    return "".join(rng.choice(kinds[(first + i) % 2]) for i in range(length))
+        return "".join(rng.choice(letters) for _ in range(length))
+    kinds = ["".join(c for c in letters if c not in "aeiou"), "aeiou"]
+    rng.shuffle(kinds)
+    return "".join(rng.choice(kinds[i % 2]) for i in range(length))
 
 
-def random_prompt(rng):
-    task = rng.randrange(6)
-    if task == 0:
-        return f"What is {rng.randrange(100)} + {rng.randrange(100)}?"
-    if task == 1:
-        a, b = rng.randrange(100), rng.randrange(100)
-        return f"What is {max(a, b)} - {min(a, b)}?"
-    word = random_word(rng)
-    return [
-        f"Reverse the word {word}.",
-        f"Write the word {word} in capitals.",
-        f"Sort the letters of {word}.",
-        f"Count the letters of {word}.",
-    ][task - 2]
+def data():
+    """(training, validation, asked) examples; a prompt of one list is in no other."""
+    rng = random.Random(SEED)
+    asked = [example(*task) for task in ASKED]
+    taken = {e["prompt"] for e in asked}
+    validation = []
+    while len(validation) < NUM_VALIDATION:
+        new = random_example(rng)
+        if new["prompt"] not in taken:
+            taken.add(new["prompt"])
+            validation.append(new)
+    train = []
+    while len(train) < NUM_TRAIN:
+        new = random_example(rng)
+        if new["prompt"] not in taken:
+            train.append(new)
+    return train, validation, asked
+
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def tokenizer():
+    """One token for the beginning of each kind of task, one for every other character of ASCII."""
+    pieces = [task.split("{")[0] for task in SHARES] + [" + "]
+    characters = [chr(c) for c in range(32, 127)]
+    vocab = {token: i for i, token in enumerate([*SPECIAL.values(), *pieces, *characters])}
+    pattern = "|".join([*(p.replace("+", "\\+") for p in pieces), "[\\s\\S]"])
+    added = [
+        {"id": vocab[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for token in SPECIAL.values()
+    ]
+    bos, text = ({"SpecialToken": {"id": "<s>", "type_id": 0}}, lambda name: {"Sequence": {"id": name, "type_id": 0}})
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, text("A")],
+            "pair": [bos, text("A"), text("B")],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [vocab["<s>"]], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+
+
+def model_files():
+    """Name -> contents of the model folder's files."""
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return {
+        "config.json": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "vocab_size": 128,
+            "hidden_size": 320,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 10,
+            "num_key_value_heads": 5,
+            "head_dim": 32,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "initializer_range": 0.05,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-05,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+            "tie_word_embeddings": True,
+            "use_cache": True,
+            **ids,
+        },
+        "generation_config.json": {"do_sample": False, "max_new_tokens": 8, **ids},
+        "tokenizer.json": tokenizer(),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": True,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 64,
+            **SPECIAL,
+        },
+        "special_tokens_map.json": SPECIAL,
+    }
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/quickstart-data")
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    for name, contents in model_files().items():
+        (folder / "model" / name).write_text(json.dumps(contents, indent=1) + "\n")
+    train, validation, asked = data()
+    for name, examples in [("train.jsonl", train), ("validation.jsonl", validation)]:
+        (folder / name).write_text("".join(json.dumps(e) + "\n" for e in examples))
+    (folder / "prompts.json").write_text(json.dumps(asked, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

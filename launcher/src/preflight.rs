@@ -1,13 +1,13 @@
 //! Everything that can be known to be wrong before a rank starts: config, model files, tokenizer, data, output folder.
 //! A run does this first; `fsdp-launch check` does nothing else and prints what it found.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use fsdp_checkpoint::hf_folder::ModelFolder;
 use fsdp_checkpoint::sharded::{self, Manifest};
 use fsdp_config::{ConfigError, Init, JobConfig, Resume, compatible_for_resume};
 use fsdp_control::ExitStatus;
-use fsdp_data::{DataSpec, TextTokenizer};
+use fsdp_data::{DataSpec, Format, TextTokenizer};
 use fsdp_plan::plan::format_bytes;
 use fsdp_plan::{Architecture, Unit, units};
 use rustix::fs::Access;
@@ -54,12 +54,13 @@ pub fn preflight(job: &JobArgs) -> Result<Checked, Failure> {
     if config.model.init == Init::Pretrained {
         facts.push(("weights", check_weights(Path::new(&config.model.path), &units)?));
     }
-    facts.push(("data", check_data(&config, &arch, &config.data.train)?));
+    let (data, format) = check_data(&DataSpec::for_training(&config, arch.vocab_size))?;
+    facts.push(("data", data));
+    if let Some(spec) = DataSpec::for_validation(&config, arch.vocab_size) {
+        facts.push(("validation", check_data(&spec)?.0));
+    }
     if let Some(validation) = &config.validation {
-        if !validation.data.is_empty() {
-            facts.push(("validation", check_data(&config, &arch, &validation.data)?));
-        }
-        check_prompts(&config, &arch, &validation.prompts, validation.max_new_tokens)?;
+        check_prompts(&config, &arch, &validation.prompts, format)?;
     }
     facts.push(("output", check_output(&config)?));
     Ok(Checked { config, facts })
@@ -149,25 +150,17 @@ fn check_weights(folder: &Path, units: &[Unit]) -> Result<String, Failure> {
     Ok(format!("{} tensors, {}, {}", wanted.len(), format_bytes(files.total_bytes()), files.dominant_dtype()))
 }
 
-fn check_data(config: &JobConfig, arch: &Architecture, files: &[PathBuf]) -> Result<String, Failure> {
-    let spec = DataSpec {
-        files: files.to_vec(),
-        format: data_format(config),
-        tokenizer_dir: Some(PathBuf::from(&config.model.path)),
-        vocab_size: arch.vocab_size,
-        seq_len: config.training.seq_len as usize,
-        shuffle: config.data.shuffle,
-        seed: config.training.seed,
-    };
-    let report = fsdp_data::check(&spec, DATA_LIMIT_BYTES).map_err(Failure::bad_input)?;
+/// What the data is, in words, and its format.
+fn check_data(spec: &DataSpec) -> Result<(String, Format), Failure> {
+    let report = fsdp_data::check(spec, DATA_LIMIT_BYTES).map_err(Failure::bad_input)?;
     if report.valid_tokens == 0 {
         return Err(Failure::bad_input(format!(
             "{}: expected tokens to learn from, got none: all labels are -100 or cut off; check the labels and [training] \
              seq_len",
-            files[0].display()
+            spec.files[0].display()
         )));
     }
-    Ok(format!(
+    let text = format!(
         "{} samples in {}, {} tokens to learn, the longest has {}, {} are cut to {}",
         report.samples,
         format_bytes(report.bytes_checked),
@@ -175,42 +168,28 @@ fn check_data(config: &JobConfig, arch: &Architecture, files: &[PathBuf]) -> Res
         report.max_tokens,
         report.cut,
         spec.seq_len
-    ))
+    );
+    Ok((text, report.format))
 }
 
-/// Prompts need a tokenizer, also where the data needs none, and room for the answer.
-fn check_prompts(
-    config: &JobConfig,
-    arch: &Architecture,
-    prompts: &[String],
-    max_new_tokens: u64,
-) -> Result<(), Failure> {
+/// Prompts need a tokenizer, also where the data needs none, and room for an answer.
+fn check_prompts(config: &JobConfig, arch: &Architecture, prompts: &[String], format: Format) -> Result<(), Failure> {
     if prompts.is_empty() {
         return Ok(());
     }
     let tokenizer = TextTokenizer::open(Path::new(&config.model.path)).map_err(Failure::bad_input)?;
     tokenizer.check_fits(arch.vocab_size).map_err(Failure::bad_input)?;
     for prompt in prompts {
-        let num_tokens = tokenizer.encode_prompt(prompt, data_format(config)).map_err(Failure::bad_input)?.len() as u64;
-        let most = arch.max_position_embeddings as u64;
-        if num_tokens + max_new_tokens > most {
+        let num_tokens = tokenizer.encode_prompt(prompt, format).map_err(Failure::bad_input)?.len() as u64;
+        if !(1..config.training.seq_len).contains(&num_tokens) {
             return Err(Failure::bad_input(format!(
-                "[validation] prompts: expected at most {most} tokens (the model's max_position_embeddings) with \
-                 max_new_tokens = {max_new_tokens}, got a prompt of {num_tokens}; shorten it or lower max_new_tokens"
+                "[validation] prompts: expected 1 to {} tokens (less than [training] seq_len), got {num_tokens} in {prompt:?}; \
+                 shorten it or raise seq_len",
+                config.training.seq_len - 1
             )));
         }
     }
     Ok(())
-}
-
-fn data_format(config: &JobConfig) -> fsdp_data::Format {
-    match config.data.format {
-        fsdp_config::Format::Auto => fsdp_data::Format::Auto,
-        fsdp_config::Format::Tokens => fsdp_data::Format::Tokens,
-        fsdp_config::Format::Text => fsdp_data::Format::Text,
-        fsdp_config::Format::Completion => fsdp_data::Format::Completion,
-        fsdp_config::Format::Alpaca => fsdp_data::Format::Alpaca,
-    }
 }
 
 /// The output folder can be written, and what it holds goes together with `resume` and the config.

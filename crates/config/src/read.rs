@@ -13,6 +13,8 @@ use crate::section::Section;
 const MAX_STEPS: u64 = 1_000_000_000_000;
 const MAX_SEQ_LEN: u64 = 1 << 24;
 const MAX_BATCH: u64 = 1 << 20;
+/// The step program has a few entries for each unit and microbatch.
+const MAX_ACCUMULATION: u64 = 10_000;
 
 /// The validated config of everything that was written.
 pub(crate) fn job(mut raw: RawConfig) -> Result<JobConfig, ConfigError> {
@@ -69,8 +71,13 @@ fn fsdp(s: &mut Section) -> Result<Fsdp, ConfigError> {
     })
 }
 
+const WITHOUT_FP16: &[(&str, Dtype)] = &[("fp32", Dtype::Fp32), ("bf16", Dtype::Bf16)];
+
 fn precision(s: &mut Section) -> Result<Precision, ConfigError> {
     const OVERRIDE: &str = "tables [[precision.override]] with match and param or reduce";
+    let param = s.choice("param", Dtype::CHOICES, &[])?.unwrap_or(Dtype::Bf16);
+    // fp16 needs the loss scaler, which comes with fp16 compute.
+    let with_scaler = if param == Dtype::Fp16 { Dtype::CHOICES } else { WITHOUT_FP16 };
     let mut overrides = Vec::new();
     if let Some(Entry { value: located, .. }) = s.take("override") {
         let Value::Array(rules) = located.value else {
@@ -84,23 +91,26 @@ fn precision(s: &mut Section) -> Result<Precision, ConfigError> {
             if let Some((key, entry)) = keys.iter().find(|(key, _)| !names::OVERRIDE_KEYS.contains(&key.as_str())) {
                 return Err(names::unknown_key(NAME, names::OVERRIDE_KEYS, key, entry));
             }
-            overrides.push(precision_override(&mut Section::new(NAME, rule.at.text, keys))?);
+            overrides.push(precision_override(&mut Section::new(NAME, rule.at.text, keys), with_scaler)?);
         }
     }
     Ok(Precision {
-        param: s.choice("param", Dtype::CHOICES, &[])?.unwrap_or(Dtype::Bf16),
-        reduce: s.choice("reduce", Dtype::CHOICES, &[])?.unwrap_or(Dtype::Fp32),
-        buffer: s.choice("buffer", &[("fp32", Dtype::Fp32), ("bf16", Dtype::Bf16)], &[])?.unwrap_or(Dtype::Fp32),
+        param,
+        reduce: s.choice("reduce", with_scaler, &[])?.unwrap_or(Dtype::Fp32),
+        buffer: s.choice("buffer", WITHOUT_FP16, &[])?.unwrap_or(Dtype::Fp32),
         overrides,
     })
 }
 
-fn precision_override(s: &mut Section) -> Result<PrecisionOverride, ConfigError> {
+fn precision_override(
+    s: &mut Section,
+    dtypes: &'static [(&'static str, Dtype)],
+) -> Result<PrecisionOverride, ConfigError> {
     const MATCH: &str = "a pattern of parameter names, such as \"*norm*\"";
     let rule = PrecisionOverride {
         match_glob: s.string("match", MATCH)?.ok_or_else(|| s.missing("match", MATCH))?.value,
-        param: s.choice("param", Dtype::CHOICES, &[])?,
-        reduce: s.choice("reduce", Dtype::CHOICES, &[])?,
+        param: s.choice("param", dtypes, &[])?,
+        reduce: s.choice("reduce", dtypes, &[])?,
     };
     if rule.param.is_none() && rule.reduce.is_none() {
         return Err(s.missing("param", "param or reduce"));
@@ -194,7 +204,9 @@ fn training(s: &mut Section) -> Result<Training, ConfigError> {
             return Err(s.wrong(&size.at, "global_batch_size", &expected, size.value.to_string(), ""));
         }
         Some(size) => Batch::GlobalBatch(size.value),
-        None => Batch::Accumulation(s.integer("grad_accumulation", 1..=MAX_BATCH)?.map_or(1, |taken| taken.value)),
+        None => {
+            Batch::Accumulation(s.integer("grad_accumulation", 1..=MAX_ACCUMULATION)?.map_or(1, |taken| taken.value))
+        }
     };
     let max_grad_norm = s
         .number("max_grad_norm", "a number of at least 0 (0 = no clipping)", |norm| norm >= 0.0)?

@@ -153,6 +153,8 @@ const CASES: &[Case] = &[
     // Values that are none.
     case(END, "[fsdp]\nstrategy = \"fullshard\"", "job.toml:11:12: [fsdp] strategy: ", "did you mean \"full_shard\"?"),
     case(END, "[precision]\nparam = \"float32\"", "job.toml:11:9: [precision] param: expected \"fp32\" or \"bf16\" or \"fp16\"", "got the string \"float32\""),
+    case(END, "[precision]\nreduce = \"fp16\"", "job.toml:11:10: [precision] reduce: expected \"fp32\" or \"bf16\"", "got the string \"fp16\""),
+    case(END, "[[precision.override]]\nmatch = \"*\"\nparam = \"fp16\"", "job.toml:12:9: [precision.override] param: expected \"fp32\" or \"bf16\"", ""),
     case(END, "[precision]\nbuffer = \"fp16\"", "job.toml:11:10: [precision] buffer: expected \"fp32\" or \"bf16\"", ""),
     case(END, "[lr_scheduler]\nkind = \"cosin\"", "job.toml:11:8: [lr_scheduler] kind: ", "did you mean \"cosine\"?"),
     case(END, "[output]\ndtype = \"int8\"", "job.toml:11:9: [output] dtype: ", "got the string \"int8\""),

@@ -247,13 +247,16 @@ fn two_flags_for_exclusive_keys_still_conflict() {
 fn later_precision_rules_win_over_earlier_ones() {
     let config = load(
         MINIMAL,
-        &["precision.override=[{match='*norm*',param='fp32',reduce='bf16'},{match='*.weight',param='fp16'}]"],
+        &[
+            "precision.param=fp16",
+            "precision.override=[{match='*norm*',param='fp32',reduce='bf16'},{match='*.weight',param='bf16'}]",
+        ],
     );
     for (name, expected) in [
-        ("model.norm.weight", (Dtype::Fp16, Dtype::Bf16)),
+        ("model.norm.weight", (Dtype::Bf16, Dtype::Bf16)),
         ("model.norm.bias", (Dtype::Fp32, Dtype::Bf16)),
-        ("lm_head.weight", (Dtype::Fp16, Dtype::Fp32)),
-        ("lm_head.bias", (Dtype::Bf16, Dtype::Fp32)),
+        ("lm_head.weight", (Dtype::Bf16, Dtype::Fp32)),
+        ("lm_head.bias", (Dtype::Fp16, Dtype::Fp32)),
     ] {
         assert_eq!(config.precision.dtypes_of(name), expected, "{name}");
     }

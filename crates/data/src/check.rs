@@ -3,6 +3,7 @@
 use crate::IGNORED;
 use crate::dataset::{DataSpec, Dataset};
 use crate::error::DataError;
+use crate::format::Format;
 
 /// What [`check`] saw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub struct CheckReport {
     pub cut: u64,
     /// Samples with no such token.
     pub without_loss: u64,
+    /// As [`Dataset::format`].
+    pub format: Format,
 }
 
 /// Parses and tokenises the lines in the first `limit_bytes_per_file` bytes of each file. What passes here cannot fail
@@ -31,6 +34,7 @@ pub fn check(spec: &DataSpec, limit_bytes_per_file: u64) -> Result<CheckReport, 
         valid_tokens: 0,
         cut: 0,
         without_loss: 0,
+        format: dataset.format(),
     };
     for index in 0..dataset.num_samples() {
         let sample = dataset.sample(index)?;

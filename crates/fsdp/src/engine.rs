@@ -1,17 +1,17 @@
 //! One rank's engine: executes a step program on tensors.
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use fsdp_comm::{GatherBuffer, ProcessGroup, ReduceBuffer, ReduceOp};
 use fsdp_model::{Activations, BatchShape, Block, Embedding, Head, RopeTables, kind};
-use fsdp_plan::{Dtype, Init, Keep, Memory, Plan, Step, UnitId, UnitKind};
+use fsdp_plan::{Dtype, Keep, Plan, Step, UnitId, UnitKind};
 use fsdp_torch_ext as ext;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::optimizer::{Optimizer, clip_divisor};
+use crate::state::Piece;
 use crate::unit::{UnitError, UnitState};
-use crate::{AdamWConfig, EngineError, LossScaler, NonFinite};
+use crate::{AdamWConfig, EngineError, LossScaler};
 
 /// Settings of the engine that the plan does not hold.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +33,13 @@ pub struct MicroBatch {
     pub num_valid_tokens: u64,
 }
 
+impl MicroBatch {
+    /// From token ids and targets, -100 for ignored.
+    pub fn new(ids: &[i64], targets: &[i64], num_valid_tokens: u64) -> Self {
+        MicroBatch { ids: Tensor::from_slice(ids), targets: Tensor::from_slice(targets), num_valid_tokens }
+    }
+}
+
 /// What one training step tells.
 #[derive(Debug, Clone, Copy)]
 pub struct StepReport {
@@ -50,42 +57,21 @@ pub struct StepReport {
     pub comm_time: Duration,
 }
 
-/// A contiguous piece of one parameter in this rank's flat state tensors.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Piece {
-    pub unit: UnitId,
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub init: Init,
-    /// First element inside the flattened parameter.
-    pub start: usize,
-    /// Elements in the rank's flat state tensors.
-    pub flat: Range<usize>,
-}
-
-/// The flat fp32 tensors that make up a rank's training state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StateKind {
-    Param,
-    ExpAvg,
-    ExpAvgSq,
-}
-
 /// One rank's part of the model, its optimizer, and what a step needs.
 #[derive(Debug)]
 pub struct Engine {
-    plan: Plan,
+    pub(crate) plan: Plan,
     config: EngineConfig,
-    pg: ProcessGroup,
-    units: Vec<UnitState>,
-    slots: Vec<GatherBuffer>,
-    grad_buffers: Vec<ReduceBuffer>,
-    pieces: Vec<Piece>,
-    optimizer: Optimizer,
+    pub(crate) pg: ProcessGroup,
+    pub(crate) units: Vec<UnitState>,
+    pub(crate) slots: Vec<GatherBuffer>,
+    pub(crate) grad_buffers: Vec<ReduceBuffer>,
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) optimizer: Optimizer,
     blocks: Vec<Block>,
     head: Head,
     rope: RopeTables,
-    scaler: Option<LossScaler>,
+    pub(crate) scaler: Option<LossScaler>,
     /// Units whose all-gather was asked for while a rank still read the slot; done at the latest when waited for.
     deferred: Vec<UnitId>,
 }
@@ -268,6 +254,15 @@ impl Engine {
             HeadMode::NextTokens { tokens: Some(tokens), .. } => Ok(tokens),
             _ => unreachable!("the forward-only program ends with the head"),
         }
+    }
+
+    /// The first unit whose output is not finite on this rank. Collective.
+    pub(crate) fn first_non_finite_output(&mut self, batch: &MicroBatch) -> Result<Option<UnitId>, EngineError> {
+        let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss);
+        pass.find_non_finite = true;
+        self.forward_only(&mut pass)?;
+        let head_overflowed = !pass.loss_sum.is_finite();
+        Ok(pass.first_non_finite.or(head_overflowed.then_some(self.units.len() - 1)))
     }
 
     fn forward_only(&mut self, pass: &mut Pass<'_>) -> Result<(), EngineError> {
@@ -458,7 +453,7 @@ impl Engine {
     }
 
     /// The norm of each of this rank's pieces of the (scaled) gradient.
-    fn grad_norms(&self) -> Result<Vec<f64>, EngineError> {
+    pub(crate) fn grad_norms(&self) -> Result<Vec<f64>, EngineError> {
         // libtorch adds the squares of a tensor one by one in fp32, which over millions of them loses digits.
         const MAX_NUMEL: i64 = 1 << 16;
         let pieces = self.piece_views(&self.optimizer.grad_shards)?;
@@ -472,7 +467,7 @@ impl Engine {
         Ok(parts.iter().map(|p| norms.by_ref().take(p.len()).map(|n| n * n).sum::<f64>().sqrt()).collect())
     }
 
-    fn piece_views(&self, flat: &Tensor) -> Result<Vec<Tensor>, EngineError> {
+    pub(crate) fn piece_views(&self, flat: &Tensor) -> Result<Vec<Tensor>, EngineError> {
         let view = |p: &Piece| Ok(flat.f_narrow(0, p.flat.start as i64, p.flat.len() as i64)?);
         self.pieces.iter().map(view).collect()
     }
@@ -494,135 +489,9 @@ impl Engine {
         }
         Ok(true)
     }
-
-    /// Names the first place that is not finite, the same on all ranks. Collective.
-    fn find_non_finite(&mut self, batches: &[MicroBatch]) -> Result<NonFinite, EngineError> {
-        // Weights first, then outputs in forward order, then gradients from the loss backwards.
-        let mut bad_weight = None;
-        for (i, view) in self.piece_views(&self.optimizer.master)?.iter().enumerate() {
-            if !is_finite(view)? {
-                bad_weight = Some(i);
-                break;
-            }
-        }
-        let name = |engine: &Self, (rank, unit, index): (usize, UnitId, usize)| {
-            let unit = &engine.plan.units[unit];
-            (rank, unit.name.clone(), unit.params[index].name.clone())
-        };
-        let place = |engine: &Self, piece: Option<usize>| piece.map(|i| engine.place_of_piece(i));
-        if let Some(found) = self.first_over_ranks(place(self, bad_weight), false)? {
-            let (rank, unit, param) = name(self, found);
-            return Ok(NonFinite::Weight { rank, unit, param });
-        }
-        for batch in batches {
-            let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss);
-            pass.find_non_finite = true;
-            self.forward_only(&mut pass)?;
-            if pass.first_non_finite.is_none() && !pass.loss_sum.is_finite() {
-                pass.first_non_finite = Some(self.units.len() - 1);
-            }
-            if let Some((rank, unit, _)) = self.first_over_ranks(pass.first_non_finite.map(|u| (u, 0)), false)? {
-                return Ok(NonFinite::Output { rank, unit: self.units[unit].name.clone() });
-            }
-        }
-        let bad_grad = self.grad_norms()?.iter().rposition(|n| !n.is_finite());
-        let found = self.first_over_ranks(place(self, bad_grad), true)?;
-        let (rank, unit, param) = name(self, found.expect("a norm that is not finite has a piece that is not"));
-        Ok(NonFinite::Gradient { rank, unit, param })
-    }
-
-    /// (unit, index of the parameter in it) of a piece.
-    fn place_of_piece(&self, piece: usize) -> (UnitId, usize) {
-        let piece = &self.pieces[piece];
-        let params = &self.plan.units[piece.unit].params;
-        (piece.unit, params.iter().position(|p| p.name == piece.name).expect("pieces are of the plan's parameters"))
-    }
-
-    /// (rank, unit, index) of the first place over all ranks in forward order, or of the last one.
-    fn first_over_ranks(
-        &mut self,
-        place: Option<(UnitId, usize)>,
-        last: bool,
-    ) -> Result<Option<(usize, UnitId, usize)>, EngineError> {
-        // One number that orders by place, then rank; 0 is none. Max is what all_reduce has.
-        const BITS: u32 = 20;
-        let limit = (1i64 << BITS) - 1;
-        let key = place.map_or(0, |(unit, index)| {
-            let order = |n: usize| if last { n as i64 + 1 } else { limit - n as i64 };
-            (order(unit) << (2 * BITS)) | (order(index) << BITS) | (limit - self.pg.rank() as i64)
-        });
-        let key = Tensor::from_slice(&[key]);
-        self.pg.all_reduce(&key, ReduceOp::Max)?;
-        let key = key.f_int64_value(&[0])?;
-        let back = |n: i64| (if last { n - 1 } else { limit - n }) as usize;
-        Ok((key != 0).then(|| ((limit - (key & limit)) as usize, back(key >> (2 * BITS)), back((key >> BITS) & limit))))
-    }
 }
 
-/// What the trainer reads and writes: state by pieces, the group, the account of memory.
-impl Engine {
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
-    pub fn process_group(&mut self) -> &mut ProcessGroup {
-        &mut self.pg
-    }
-
-    /// This rank's pieces of parameters, in the order of the flat state tensors.
-    pub fn pieces(&self) -> &[Piece] {
-        &self.pieces
-    }
-
-    /// A flat fp32 state tensor of this rank; [`Piece::flat`] indexes it.
-    pub fn state(&self, kind: StateKind) -> &Tensor {
-        match kind {
-            StateKind::Param => &self.optimizer.master,
-            StateKind::ExpAvg => &self.optimizer.exp_avg,
-            StateKind::ExpAvgSq => &self.optimizer.exp_avg_sq,
-        }
-    }
-
-    pub fn state_mut(&mut self, kind: StateKind) -> &mut Tensor {
-        match kind {
-            StateKind::Param => &mut self.optimizer.master,
-            StateKind::ExpAvg => &mut self.optimizer.exp_avg,
-            StateKind::ExpAvgSq => &mut self.optimizer.exp_avg_sq,
-        }
-    }
-
-    /// Optimizer steps taken, and the loss scaler: what a checkpoint holds besides the flat state.
-    pub fn progress(&self) -> (u64, Option<LossScaler>) {
-        (self.optimizer.num_steps, self.scaler)
-    }
-
-    pub fn set_progress(&mut self, num_steps: u64, scaler: Option<LossScaler>) {
-        self.optimizer.num_steps = num_steps;
-        self.scaler = scaler.or(self.scaler);
-    }
-
-    /// Bytes that the engine has allocated for as long as it lives, read off its tensors and buffers.
-    pub fn allocated(&self) -> Memory {
-        let tensor = |t: &Tensor| (t.numel() * 4) as u64;
-        let o = &self.optimizer;
-        Memory {
-            master: tensor(&o.master),
-            optimizer: tensor(&o.exp_avg) + tensor(&o.exp_avg_sq),
-            grad_shards: tensor(&o.grad_shards),
-            slots: self.slots.iter().map(|s| s.len_bytes() as u64).sum(),
-            grad_buffers: self.grad_buffers.iter().map(|b| b.len_bytes() as u64).sum(),
-            ..Memory::default()
-        }
-    }
-
-    /// A microbatch from token ids and targets of this job's shape.
-    pub fn micro_batch(ids: &[i64], targets: &[i64], num_valid_tokens: u64) -> MicroBatch {
-        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(Device::Cpu);
-        MicroBatch { ids: tensor(ids), targets: tensor(targets), num_valid_tokens }
-    }
-}
-
-fn is_finite(t: &Tensor) -> Result<bool, EngineError> {
+pub(crate) fn is_finite(t: &Tensor) -> Result<bool, EngineError> {
     Ok(t.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
 

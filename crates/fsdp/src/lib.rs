@@ -4,6 +4,7 @@
 //! - [`engine`]: one rank's engine; walks the program.
 //! - [`mod@unit`]: a unit's shards and its views into slot and gradient buffer: unshard, reduce.
 //! - [`optimizer`]: AdamW over the shards, clipping.
+//! - [`state`]: the training state by pieces of parameters, and the account of memory.
 //! - [`scaler`]: the dynamic loss scale for fp16.
 //! - [`init`]: random weights that depend on seed and name only.
 //! - [`non_finite`]: where a NaN or infinity first appears.
@@ -14,12 +15,14 @@ pub mod init;
 pub mod non_finite;
 pub mod optimizer;
 pub mod scaler;
+pub mod state;
 pub mod unit;
 
-pub use engine::{Engine, EngineConfig, MicroBatch, Piece, StateKind, StepReport};
+pub use engine::{Engine, EngineConfig, MicroBatch, StepReport};
 pub use non_finite::NonFinite;
 pub use optimizer::AdamWConfig;
 pub use scaler::LossScaler;
+pub use state::{Piece, StateKind};
 
 use fsdp_comm::CommError;
 use fsdp_model::ModelError;

@@ -2,6 +2,13 @@
 
 use std::fmt;
 
+use fsdp_comm::ReduceOp;
+use fsdp_plan::UnitId;
+use tch::Tensor;
+
+use crate::engine::is_finite;
+use crate::{Engine, EngineError, MicroBatch};
+
 /// The first place of the model, in forward order, that is not finite.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NonFinite {
@@ -31,5 +38,65 @@ impl fmt::Display for NonFinite {
                 write!(f, "gradient is not finite: rank {rank}, unit {unit}, parameter {param}")
             }
         }
+    }
+}
+
+impl Engine {
+    /// Names the first place that is not finite, the same on all ranks. Collective.
+    pub(crate) fn find_non_finite(&mut self, batches: &[MicroBatch]) -> Result<NonFinite, EngineError> {
+        // Weights first, then outputs in forward order, then gradients from the loss backwards.
+        let mut bad_weight = None;
+        for (i, view) in self.piece_views(&self.optimizer.master)?.iter().enumerate() {
+            if !is_finite(view)? {
+                bad_weight = Some(i);
+                break;
+            }
+        }
+        let name = |engine: &Self, (rank, unit, index): (usize, UnitId, usize)| {
+            let unit = &engine.plan.units[unit];
+            (rank, unit.name.clone(), unit.params[index].name.clone())
+        };
+        let place = |engine: &Self, piece: Option<usize>| piece.map(|i| engine.place_of_piece(i));
+        if let Some(found) = self.first_over_ranks(place(self, bad_weight), false)? {
+            let (rank, unit, param) = name(self, found);
+            return Ok(NonFinite::Weight { rank, unit, param });
+        }
+        for batch in batches {
+            let bad_output = self.first_non_finite_output(batch)?;
+            if let Some((rank, unit, _)) = self.first_over_ranks(bad_output.map(|u| (u, 0)), false)? {
+                return Ok(NonFinite::Output { rank, unit: self.units[unit].name.clone() });
+            }
+        }
+        let bad_grad = self.grad_norms()?.iter().rposition(|n| !n.is_finite());
+        let found = self.first_over_ranks(place(self, bad_grad), true)?;
+        let (rank, unit, param) = name(self, found.expect("a norm that is not finite has a piece that is not"));
+        Ok(NonFinite::Gradient { rank, unit, param })
+    }
+
+    /// (unit, index of the parameter in it) of a piece.
+    fn place_of_piece(&self, piece: usize) -> (UnitId, usize) {
+        let piece = &self.pieces[piece];
+        let params = &self.plan.units[piece.unit].params;
+        (piece.unit, params.iter().position(|p| p.name == piece.name).expect("pieces are of the plan's parameters"))
+    }
+
+    /// (rank, unit, index) of the first place over all ranks in forward order, or of the last one.
+    fn first_over_ranks(
+        &mut self,
+        place: Option<(UnitId, usize)>,
+        last: bool,
+    ) -> Result<Option<(usize, UnitId, usize)>, EngineError> {
+        // One number that orders by place, then rank; 0 is none. Max is what all_reduce has.
+        const BITS: u32 = 20;
+        let limit = (1i64 << BITS) - 1;
+        let key = place.map_or(0, |(unit, index)| {
+            let order = |n: usize| if last { n as i64 + 1 } else { limit - n as i64 };
+            (order(unit) << (2 * BITS)) | (order(index) << BITS) | (limit - self.pg.rank() as i64)
+        });
+        let key = Tensor::from_slice(&[key]);
+        self.pg.all_reduce(&key, ReduceOp::Max)?;
+        let key = key.f_int64_value(&[0])?;
+        let back = |n: i64| (if last { n - 1 } else { limit - n }) as usize;
+        Ok((key != 0).then(|| ((limit - (key & limit)) as usize, back(key >> (2 * BITS)), back((key >> BITS) & limit))))
     }
 }

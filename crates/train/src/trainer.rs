@@ -20,7 +20,7 @@ use crate::console::{Console, Figures};
 use crate::error::{STEP, TrainError};
 use crate::metrics::{MetricsFile, StepLine, ValidationLine, peak_resident_bytes};
 use crate::validation::Validator;
-use crate::weights;
+use crate::weights::{self, Exported};
 
 /// How a run ended without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub struct Trainer {
     loader: Loader,
     validator: Validator,
     checkpoints: Checkpoints,
-    /// Rank 0's.
+    /// Rank 0's, while it trains.
     metrics: Option<MetricsFile>,
     console: Console,
     stop: StopFlag,
@@ -99,8 +99,6 @@ impl Trainer {
                 0
             }
         };
-        let metrics_path = config.output.dir.join("metrics.jsonl");
-        let metrics = if rank == 0 { Some(MetricsFile::open(&metrics_path, step)?) } else { None };
         tracing::info!(
             "{} parameters on {world_size} ranks, {} threads each, ready in {:.2} s",
             engine.plan().num_params(),
@@ -115,7 +113,7 @@ impl Trainer {
             loader,
             validator,
             checkpoints,
-            metrics,
+            metrics: None,
             console,
             stop,
             progress,
@@ -129,12 +127,15 @@ impl Trainer {
 
     /// Trains to the end, or until a rank is asked to stop.
     pub fn run(mut self) -> Result<Outcome, TrainError> {
-        if self.step >= self.total_steps && weights::is_exported(&self.config, self.step)? {
+        if self.is_finished()? {
             tracing::info!("nothing to do: all {} steps are done and exported", self.total_steps);
             return Ok(Outcome::Done);
         }
+        // All ranks have looked before rank 0 removes it.
+        self.engine.process_group().barrier()?;
         if self.rank == 0 {
-            weights::forget_export(&self.config)?;
+            Exported::forget(&self.config)?;
+            self.metrics = Some(MetricsFile::open(&self.config.output.dir.join("metrics.jsonl"), self.step)?);
         }
         self.last_step_end = Instant::now();
         while self.step < self.total_steps {
@@ -160,6 +161,17 @@ impl Trainer {
         Ok(Outcome::Done)
     }
 
+    /// Whether the output folder holds this job's end: by its newest checkpoint, or, where none were made, by the export.
+    fn is_finished(&self) -> Result<bool, TrainError> {
+        let resumes = self.config.checkpoint.resume == config::Resume::Auto;
+        match Exported::read(&self.config) {
+            Some(exported) if self.step == self.total_steps || (self.step == 0 && resumes) => {
+                exported.is_end_of(&self.config, self.total_steps)
+            }
+            _ => Ok(false),
+        }
+    }
+
     /// One optimizer step: microbatches, program, metrics. Returns whether any rank was asked to stop.
     fn train_step(&mut self) -> Result<bool, TrainError> {
         let step = self.step + 1;
@@ -173,7 +185,7 @@ impl Trainer {
             .loader
             .next_step()?
             .iter()
-            .map(|b| Engine::micro_batch(&b.input_ids, &b.targets, b.num_valid_tokens))
+            .map(|b| MicroBatch::new(&b.input_ids, &b.targets, b.num_valid_tokens))
             .collect();
         let data_time = data_start.elapsed();
         let lr = self.config.lr_at(step, self.total_steps);

@@ -75,7 +75,7 @@ impl Validator {
         let (mut loss_sum, mut num_tokens) = (0.0, 0);
         for _ in 0..loader.steps_per_epoch() {
             for batch in loader.next_step()? {
-                let batch = Engine::micro_batch(&batch.input_ids, &batch.targets, batch.num_valid_tokens);
+                let batch = MicroBatch::new(&batch.input_ids, &batch.targets, batch.num_valid_tokens);
                 let (sum, tokens) = engine.evaluate(&batch)?;
                 loss_sum += sum;
                 num_tokens += tokens;
@@ -129,7 +129,7 @@ impl Validator {
             rows[i] = (start + sequence.len() - 1) as i64;
         }
         let targets = vec![IGNORED; ids.len()];
-        let batch: MicroBatch = Engine::micro_batch(&ids, &targets, 0);
+        let batch: MicroBatch = MicroBatch::new(&ids, &targets, 0);
         let tokens = engine.next_tokens(&batch, &Tensor::from_slice(&rows))?;
         let tokens = Vec::<i64>::try_from(tokens).expect("argmax gives a vector of i64");
         Ok(tokens.into_iter().take(sequences.len()).collect())

@@ -7,9 +7,10 @@ use fsdp::{Engine, StateKind, init};
 use fsdp_checkpoint::Dtype;
 use fsdp_checkpoint::export::{Export, ExportLayout};
 use fsdp_checkpoint::hf_folder::ModelFolder;
-use fsdp_config::{Init, JobConfig, OutputDtype};
+use fsdp_config::{Init, JobConfig, OutputDtype, compatible_for_resume};
 use fsdp_plan::Plan;
 use fsdp_torch_ext as ext;
+use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
 
@@ -42,28 +43,53 @@ pub fn load(engine: &mut Engine, config: &JobConfig) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// Whether `<output.dir>/hf/` holds the weights after `step` in the dtype that the config asks for.
-pub fn is_exported(config: &JobConfig, step: u64) -> Result<bool, TrainError> {
-    let text = std::fs::read_to_string(mark_path(config)).unwrap_or_default();
-    Ok(text == mark(step, output_dtype(config)?) && config.output.dir.join("hf").is_dir())
+/// `<output.dir>/exported.json`: what `hf/` holds. The folder itself depends on weights only.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Exported {
+    /// Steps done.
+    pub step: u64,
+    pub dtype: String,
+    /// The whole text of the resolved config.
+    pub config: String,
 }
 
-/// Rank 0, before weights change: what `hf/` holds is then an older state.
-pub fn forget_export(config: &JobConfig) -> Result<(), TrainError> {
-    let path = mark_path(config);
-    match std::fs::remove_file(&path) {
-        Err(source) if source.kind() != ErrorKind::NotFound => Err(TrainError::Io { path, source }),
-        _ => Ok(()),
+impl Exported {
+    fn path(config: &JobConfig) -> PathBuf {
+        config.output.dir.join("exported.json")
     }
-}
 
-/// The file beside `hf/` that says what it holds; the folder itself depends on weights only.
-fn mark_path(config: &JobConfig) -> PathBuf {
-    config.output.dir.join("hf.txt")
-}
+    fn of(config: &JobConfig, step: u64) -> Result<Self, TrainError> {
+        Ok(Exported { step, dtype: output_dtype(config)?.to_string(), config: config.to_toml() })
+    }
 
-fn mark(step: u64, dtype: Dtype) -> String {
-    format!("weights after step {step} in {dtype}\n")
+    /// The record of the export that `hf/` holds; `None` without one.
+    pub fn read(config: &JobConfig) -> Option<Self> {
+        let text = std::fs::read_to_string(Self::path(config)).ok()?;
+        let record = serde_json::from_str(&text).ok()?;
+        config.output.dir.join("hf").is_dir().then_some(record)
+    }
+
+    /// Whether it is the end of the job `config` after `step` steps.
+    pub fn is_end_of(&self, config: &JobConfig, step: u64) -> Result<bool, TrainError> {
+        let saved = JobConfig::parse(&Self::path(config).display().to_string(), &self.config)?;
+        let is_same_job = compatible_for_resume(&saved, config).is_ok();
+        Ok(self.step == step && self.dtype == output_dtype(config)?.to_string() && is_same_job)
+    }
+
+    /// Before weights change: what `hf/` holds is then an older state.
+    pub fn forget(config: &JobConfig) -> Result<(), TrainError> {
+        let path = Self::path(config);
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != ErrorKind::NotFound => Err(TrainError::Io { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    fn write(&self, config: &JobConfig) -> Result<(), TrainError> {
+        let path = Self::path(config);
+        let text = serde_json::to_vec_pretty(self).expect("plain fields are always representable as JSON");
+        std::fs::write(&path, text).map_err(|source| TrainError::Io { path, source })
+    }
 }
 
 /// Writes `<output.dir>/hf/`, the weights after `step`: every rank its own ranges of the same files. Collective.
@@ -90,8 +116,7 @@ pub fn export(engine: &mut Engine, config: &JobConfig, step: u64) -> Result<(), 
     pg.barrier()?;
     if pg.rank() == 0 {
         export.commit()?;
-        let path = mark_path(config);
-        std::fs::write(&path, mark(step, dtype)).map_err(|source| TrainError::Io { path, source })?;
+        Exported::of(config, step)?.write(config)?;
     }
     Ok(pg.barrier()?)
 }

@@ -142,6 +142,20 @@ fn a_finished_run_is_done_at_once() {
 }
 
 #[test]
+fn a_finished_run_without_checkpoints_is_done_at_once_too() {
+    let job = Job::new();
+    let settings = ["--set", "checkpoint.every_steps=0"];
+    job.finish(2, &settings);
+    let before = (job.read("out/metrics.jsonl"), job.exported());
+    let ended = job.finish(2, &settings);
+    assert!(ended.stderr.contains("nothing to do"), "{ended:?}");
+    assert!((job.read("out/metrics.jsonl"), job.exported()) == before);
+    // Another job in the same folder is one that starts at the beginning.
+    job.finish(2, &[&settings[..], &["--set", "optimizer.lr=0.01"]].concat());
+    assert!(job.exported() != before.1);
+}
+
+#[test]
 fn an_export_of_a_shorter_run_is_not_taken_for_a_longer_ones() {
     let (job, whole) = (Job::new(), Job::new());
     let shorter = ["--set", "checkpoint.every_steps=10", "--set", "training.steps=10"];

@@ -109,7 +109,7 @@ impl Job {
                     }
                 }
                 let num_valid_tokens = targets.iter().filter(|t| **t >= 0).count() as u64;
-                Engine::micro_batch(&ids, &targets, num_valid_tokens)
+                MicroBatch::new(&ids, &targets, num_valid_tokens)
             })
             .collect()
     }

@@ -1,6 +1,6 @@
 //! A step that is not finite names its first place, the same on all ranks, and changes nothing.
 
-use fsdp::{Engine, EngineError, NonFinite, StateKind};
+use fsdp::{Engine, EngineError, MicroBatch, NonFinite, StateKind};
 use fsdp_plan::Dtype;
 use fsdp_torch_ext as ext;
 
@@ -127,7 +127,7 @@ fn no_valid_token(world: &mut World) {
     let mut engine = job.engine(world);
     let before = state_bits(&engine);
     let num_tokens = GLOBAL_BATCH / world.size * SEQ_LEN;
-    let nothing = Engine::micro_batch(&vec![1; num_tokens], &vec![-100; num_tokens], 0);
+    let nothing = MicroBatch::new(&vec![1; num_tokens], &vec![-100; num_tokens], 0);
     let error = engine.train_step(&[nothing], job.lr, false).unwrap_err();
     assert!(matches!(error, EngineError::NoValidToken), "{error}");
     assert_eq!(state_bits(&engine), before);

@@ -1,4 +1,5 @@
-//! `<output.dir>/metrics.jsonl`: a line a step, flushed, written by rank 0.
+//! `<output.dir>/metrics.jsonl`, a line a step, and `answers.jsonl`, a line for each answer to a prompt: flushed, written
+//! by rank 0.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -39,14 +40,14 @@ pub struct ValidationLine {
     pub val_tokens: u64,
 }
 
-/// The open file.
+/// An open file of lines that each have a step.
 #[derive(Debug)]
-pub struct MetricsFile {
+pub struct StepLines {
     path: PathBuf,
     file: File,
 }
 
-impl MetricsFile {
+impl StepLines {
     /// Opens the file and cuts it back to the lines of steps up to `step`, where the run goes on.
     pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
         let io = |source| TrainError::Io { path: path.to_path_buf(), source };
@@ -64,7 +65,7 @@ impl MetricsFile {
             keep_bytes += len as u64;
         }
         file.set_len(keep_bytes).map_err(io)?;
-        Ok(MetricsFile { path: path.to_path_buf(), file })
+        Ok(StepLines { path: path.to_path_buf(), file })
     }
 
     /// Appends one line; it is in the file when this returns.
@@ -103,7 +104,7 @@ mod tests {
             ("", 3, ""),
         ] {
             std::fs::write(&path, text).unwrap();
-            let mut file = MetricsFile::open(&path, step).unwrap();
+            let mut file = StepLines::open(&path, step).unwrap();
             file.write(&ValidationLine { step: 9, val_loss: 0.5, val_tokens: 3 }).unwrap();
             let expected = format!("{kept}{{\"step\":9,\"val_loss\":0.5,\"val_tokens\":3}}\n");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);

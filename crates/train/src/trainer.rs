@@ -18,7 +18,7 @@ use tch::Tensor;
 use crate::checkpoints::{Checkpoints, TrainerState};
 use crate::console::{Console, Figures};
 use crate::error::{STEP, TrainError};
-use crate::metrics::{MetricsFile, StepLine, ValidationLine, peak_resident_bytes};
+use crate::metrics::{StepLine, StepLines, ValidationLine, peak_resident_bytes};
 use crate::validation::Validator;
 use crate::weights::{self, Exported};
 
@@ -41,7 +41,8 @@ pub struct Trainer {
     validator: Validator,
     checkpoints: Checkpoints,
     /// Rank 0's, while it trains.
-    metrics: Option<MetricsFile>,
+    metrics: Option<StepLines>,
+    answers: Option<StepLines>,
     console: Console,
     stop: StopFlag,
     progress: Option<ProgressHandle>,
@@ -114,6 +115,7 @@ impl Trainer {
             validator,
             checkpoints,
             metrics: None,
+            answers: None,
             console,
             stop,
             progress,
@@ -135,7 +137,11 @@ impl Trainer {
         self.engine.process_group().barrier()?;
         if self.rank == 0 {
             Exported::forget(&self.config)?;
-            self.metrics = Some(MetricsFile::open(&self.config.output.dir.join("metrics.jsonl"), self.step)?);
+            let dir = &self.config.output.dir;
+            self.metrics = Some(StepLines::open(&dir.join("metrics.jsonl"), self.step)?);
+            if self.validator.has_prompts() {
+                self.answers = Some(StepLines::open(&dir.join("answers.jsonl"), self.step)?);
+            }
         }
         self.last_step_end = Instant::now();
         while self.step < self.total_steps {
@@ -242,10 +248,11 @@ impl Trainer {
                 metrics.write(&ValidationLine { step: self.step, val_loss, val_tokens })?;
             }
         }
-        let answers = self.validator.answers(&mut self.engine)?;
-        if self.rank == 0 {
+        let answers = self.validator.answers(&mut self.engine, self.step)?;
+        if let Some(file) = &mut self.answers {
             for answer in &answers {
                 tracing::info!("{:?} -> {:?}", answer.prompt, answer.answer);
+                file.write(answer)?;
             }
         }
         Ok(())

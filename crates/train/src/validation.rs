@@ -3,6 +3,7 @@
 use fsdp::{Engine, MicroBatch};
 use fsdp_config::JobConfig;
 use fsdp_data::{DataSpec, Dataset, Format, IGNORED, Loader, TextTokenizer};
+use serde::Serialize;
 use tch::Tensor;
 
 use crate::error::TrainError;
@@ -12,8 +13,8 @@ use crate::error::TrainError;
 pub struct Validator {
     loader: Option<Loader>,
     tokenizer: Option<TextTokenizer>,
-    /// Token ids of each prompt.
-    prompts: Vec<Vec<i64>>,
+    /// Each prompt, and its token ids.
+    prompts: Vec<(String, Vec<i64>)>,
     max_new_tokens: usize,
     micro_batch_size: usize,
     seq_len: usize,
@@ -21,9 +22,10 @@ pub struct Validator {
     world_size: usize,
 }
 
-/// The model's answer to a prompt.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The model's answer to a prompt after some steps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Answer {
+    pub step: u64,
     pub prompt: String,
     pub answer: String,
 }
@@ -62,11 +64,15 @@ impl Validator {
                         seq_len - 1
                     )));
                 }
-                prompts.push(ids);
+                prompts.push((prompt.clone(), ids));
             }
         }
         let max_new_tokens = config.validation.as_ref().map_or(0, |v| v.max_new_tokens as usize);
         Ok(Validator { loader, tokenizer, prompts, max_new_tokens, micro_batch_size, seq_len, rank, world_size })
+    }
+
+    pub fn has_prompts(&self) -> bool {
+        !self.prompts.is_empty()
     }
 
     /// Mean loss over all valid tokens of the validation data, and their number; `None` without data. Collective.
@@ -88,13 +94,13 @@ impl Validator {
     }
 
     /// Greedy answers to all prompts, in order, on every rank. Collective.
-    pub fn answers(&self, engine: &mut Engine) -> Result<Vec<Answer>, TrainError> {
+    pub fn answers(&self, engine: &mut Engine, step: u64) -> Result<Vec<Answer>, TrainError> {
         let Some(tokenizer) = &self.tokenizer else { return Ok(vec![]) };
         let mut answers = Vec::new();
         // A round answers one microbatch of prompts on each rank; a rank without any runs along on dummies.
         for round in self.prompts.chunks(self.micro_batch_size * self.world_size) {
-            let mut sequences: Vec<Vec<i64>> =
-                round.iter().skip(self.rank * self.micro_batch_size).take(self.micro_batch_size).cloned().collect();
+            let own = round.iter().skip(self.rank * self.micro_batch_size).take(self.micro_batch_size);
+            let mut sequences: Vec<Vec<i64>> = own.map(|(_, ids)| ids.clone()).collect();
             let lens: Vec<usize> = sequences.iter().map(Vec::len).collect();
             for _ in 0..self.max_new_tokens {
                 let next = self.next_tokens(engine, &sequences)?;
@@ -111,9 +117,9 @@ impl Validator {
                 }
             }
             let own: Vec<Vec<i64>> = sequences.iter().zip(&lens).map(|(s, &len)| s[len..].to_vec()).collect();
-            for (ids, prompt) in self.gather(engine, &own)?.into_iter().zip(round) {
+            for (ids, (prompt, _)) in self.gather(engine, &own)?.into_iter().zip(round) {
                 let ids: Vec<i64> = ids.into_iter().take_while(|id| Some(*id) != tokenizer.eos_id()).collect();
-                answers.push(Answer { prompt: tokenizer.decode(prompt)?, answer: tokenizer.decode(&ids)? });
+                answers.push(Answer { step, prompt: prompt.clone(), answer: tokenizer.decode(&ids)? });
             }
         }
         Ok(answers)

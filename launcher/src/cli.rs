@@ -72,6 +72,9 @@ pub struct PlanArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Print the units and the list of steps that one training step runs
+    #[arg(long, conflicts_with = "json")]
+    pub steps: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

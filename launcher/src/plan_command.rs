@@ -18,6 +18,9 @@ pub fn plan(args: &PlanArgs) -> Result<ExitStatus, Failure> {
     if args.json {
         crate::print(&format!("{:#}", as_json(&plan, args.device_memory)));
     } else {
+        if args.steps {
+            crate::print(&plan.steps_text());
+        }
         crate::print(plan.to_string().trim_end());
         if let Some(device_bytes) = args.device_memory {
             let needed_bytes = plan.replay.peak.total_bytes();

@@ -165,6 +165,10 @@ fn plan_needs_neither_weights_nor_data_and_says_whether_it_fits() {
         assert_eq!(ended.status, 0, "{ended:?}");
         assert!(ended.stdout.contains(fits) && ended.stdout.contains("920"), "{ended:?}");
     }
+    let ended = end(job.command(&["plan", "job.toml", "--nproc", "2", "--steps"]).spawn().unwrap());
+    for line in ["   0  count tokens\n", "  start unshard 1\n", "  optimizer step\n"] {
+        assert!(ended.stdout.contains(line), "{ended:?}");
+    }
     let args = ["plan", "job.toml", "--nproc", "2", "--device-memory", "1GiB", "--json"];
     let ended = end(job.command(&args).spawn().unwrap());
     let value: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();

@@ -76,6 +76,20 @@ impl Plan {
     pub fn num_params(&self) -> usize {
         self.units.iter().map(Unit::num_params).sum()
     }
+
+    /// The units with their buffers, and the training step's list of steps, which names units by number.
+    pub fn steps_text(&self) -> String {
+        let mut text = format!("{:>4}  {:<14}{:>14}{:>6}{:>17}\n", "unit", "", "parameters", "slot", "gradient buffer");
+        for (id, unit) in self.units.iter().enumerate() {
+            let (slot, grad) = (self.slots.slot_of_unit[id], self.slots.grad_of_unit[id]);
+            text += &format!("{id:>4}  {:<14}{:>14}{slot:>6}{grad:>17}\n", unit.name, unit.num_params());
+        }
+        text.push('\n');
+        for (i, step) in self.training.iter().enumerate() {
+            text += &format!("{i:>4}  {step}\n");
+        }
+        text
+    }
 }
 
 /// Bytes for people: at most four digits and a binary unit.

@@ -43,6 +43,7 @@ Shape check_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
           k.size(1) > 0 && q.size(1) % k.size(1) == 0,
       "q and k: expected [B, H, T, D] and [B, G, T, D] with G dividing H, got ", q.sizes(), " and ", k.sizes());
   TORCH_CHECK(v.sizes() == k.sizes(), "v: expected the shape of k, ", k.sizes(), ", got ", v.sizes());
+  TORCH_CHECK(q.numel() > 0, "q: expected elements, got ", q.sizes());
   TORCH_CHECK(q.size(3) % 2 == 0, "q: expected an even head width, got ", q.size(3));
   int64_t t = q.size(2);
   return {q.size(0), q.size(1), k.size(1), t, q.size(3), (t + kBlock - 1) / kBlock * kBlock};
@@ -75,8 +76,8 @@ const at::BFloat16* right(const uint32_t* pairs) { return reinterpret_cast<const
 
 // Rows [t, d] of one head as the packed right operand [d, t]: `padded` columns, those behind t zero.
 void pack_transposed(const uint16_t* rows, int64_t stride, const Shape& s, uint32_t* packed) {
-  // A row is d / 2 pairs already. They may be unaligned to 4 bytes in the source, which x86 and arm64 allow.
-  if (stride % 2 == 0) {
+  // A row is d / 2 pairs already, where it starts at a multiple of 4 bytes.
+  if (stride % 2 == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(uint32_t) == 0) {
     fte::rows().transpose32(
         reinterpret_cast<const uint32_t*>(rows), stride / 2, s.t, s.d / 2, packed, s.padded);
   } else {

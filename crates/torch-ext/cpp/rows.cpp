@@ -100,7 +100,8 @@ inline float exp_cut(float x) {
   return p * float_of((bits_of(shifted) - bits_of(shift) + 127) << 23);
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp_cut(-x)); }
+// 0 where exp_cut would be cut, so that its product with a huge x is not wrong.
+inline float sigmoid(float x) { return x < -87.0f ? 0.0f : 1.0f / (1.0f + exp_cut(-x)); }
 
 template <class T>
 inline T* row(const Matrix& m, int64_t n) {
@@ -126,7 +127,9 @@ void rms_norm_typed(Matrix x, Matrix weight, Matrix y, float* rstd, float eps, i
     float squares = 0;
     SIMD_SUM(squares)
     for (int64_t d = 0; d < x.width; d++) squares += load(xs[d]) * load(xs[d]);
-    float scale = 1.0f / __builtin_sqrtf(squares / float(x.width) + eps);
+    float mean = squares / float(x.width);
+    // The reciprocal of an overflow would be 0, and so would the row: the error must show.
+    float scale = mean < __builtin_inff() ? 1.0f / __builtin_sqrtf(mean + eps) : __builtin_nanf("");
     rstd[n] = scale;
     SIMD
     for (int64_t d = 0; d < x.width; d++) store(ys[d], load(w[d]) * round_to<T>(load(xs[d]) * scale));

@@ -20,7 +20,7 @@ struct Matrix {
 constexpr int64_t kBlock = 64;
 
 struct RowKernels {
-  // y = weight * round(x * rstd), rounded; rstd = 1 / sqrt(mean(x^2) + eps).
+  // y = weight * round(x * rstd), rounded; rstd = 1 / sqrt(mean(x^2) + eps), NaN if the mean overflows.
   void (*rms_norm)(Matrix x, Matrix weight, Matrix y, float* rstd, float eps, int64_t begin, int64_t end);
 
   // dx, and dweight [width] += over the rows.

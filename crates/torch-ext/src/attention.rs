@@ -1,9 +1,10 @@
 //! Attention on CPU: memory linear in the sequence, with the logsumexp that backward needs.
 //!
-//! [`causal_attention`] is the one for training: for bf16, on processors with bf16 products, our own kernel, else
-//! libtorch's flash attention, which [`flash_attention_cpu`] gives as it is, for other masks.
+//! [`causal_attention`] is the one for training: for bf16 and an even head width, on processors with bf16
+//! products, our own kernel, else libtorch's flash attention, which [`flash_attention_cpu`] gives as it is, for other
+//! masks.
 //!
-//! Shapes: B batch, H query heads, G key heads, T query positions, S key positions, D head width.
+//! Shapes: B batch, H query heads, G key heads, T query positions, S key positions, D head width; none of them 0.
 
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +16,8 @@ use crate::ffi::{self, handle_or_null, take};
 /// all up to t.
 ///
 /// f32, bf16 or f16, the same for all, on CPU. The last dimension must be contiguous, the others may have any strides:
-/// views of [B, T, H, D] cost no copy, and the output has such strides too. Records no graph.
+/// views of [B, T, H, D] cost no copy, and the output has such strides too. `scale` is above 0. Records no graph. A
+/// window costs libtorch's kernel, but not ours, a mask [T, T].
 pub fn causal_attention(
     q: &Tensor,
     k: &Tensor,
@@ -23,7 +25,7 @@ pub fn causal_attention(
     scale: f64,
     window: Option<i64>,
 ) -> Result<(Tensor, Tensor), TorchError> {
-    let window = check_window(window)?;
+    let window = check_settings(scale, window)?;
     if !own_kernel_fits(q) {
         let mask = window_mask(q, window);
         let [k, v] = [k, v].map(|t| repeat_heads(t, q));
@@ -51,7 +53,7 @@ pub fn causal_attention_backward(
     scale: f64,
     window: Option<i64>,
 ) -> Result<(Tensor, Tensor, Tensor), TorchError> {
-    let window = check_window(window)?;
+    let window = check_settings(scale, window)?;
     if !own_kernel_fits(q) {
         let mask = window_mask(q, window);
         let (all_k, all_v) = (repeat_heads(k, q), repeat_heads(v, q));
@@ -88,7 +90,11 @@ pub fn causal_attention_backward(
 
 const CAUSAL: &str = "causal_attention";
 
-fn check_window(window: Option<i64>) -> Result<i64, TorchError> {
+/// The window in positions. Both kernels take the largest score before they scale it.
+fn check_settings(scale: f64, window: Option<i64>) -> Result<i64, TorchError> {
+    if !(scale > 0.0 && scale.is_finite()) {
+        return Err(TorchError::new(CAUSAL, format!("scale: expected a finite number above 0, got {scale}")));
+    }
     match window {
         None => Ok(i64::MAX / 2),
         Some(window) if window > 0 => Ok(window.min(i64::MAX / 2)),
@@ -99,7 +105,11 @@ fn check_window(window: Option<i64>) -> Result<i64, TorchError> {
 fn own_kernel_fits(q: &Tensor) -> bool {
     // SAFETY: asks the processor only.
     let available = unsafe { ffi::fte_causal_attention_available() };
-    available && q.defined() && q.kind() == Kind::BFloat16 && q.device() == Device::Cpu && q.size().last() != Some(&1)
+    available
+        && q.defined()
+        && q.kind() == Kind::BFloat16
+        && q.device() == Device::Cpu
+        && q.size().last().is_some_and(|d| d % 2 == 0)
 }
 
 /// What to add to scores [T, T] where a window cuts them; `None` where being causal says all.

@@ -16,7 +16,8 @@ use crate::ffi::{self, take};
 pub const IGNORE_INDEX: i64 = -100;
 
 /// Root-mean-square norm of x [N, D] with weight `[D]` (x's dtype, or f32): y [N, D] in x's dtype, and the reciprocal
-/// root mean squares `[N]` f32 for backward. `x * rstd` is rounded to x's dtype before the weight multiplies it.
+/// root mean squares `[N]` f32 for backward. `x * rstd` is rounded to x's dtype before the weight multiplies it. A row
+/// whose mean square overflows f32 becomes NaN.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor), TorchError> {
     let (mut y, mut rstd) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: tensors live through the call, outputs are places for one handle each.

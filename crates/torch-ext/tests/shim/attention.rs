@@ -115,6 +115,10 @@ fn what_flash_attention_cannot_do_is_an_error() {
     let forward = |k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal| {
         flash_attention_cpu(&q, k, v, causal, None, mask).map(drop)
     };
+    let empty = |kind| {
+        let q = new([1, 2, 4, 0], kind);
+        causal_attention(&q, &q, &q, 1.0, None).map(drop)
+    };
     let backward =
         |g: &Tensor, lse: &Tensor| flash_attention_cpu_backward(g, &q, &q, &q, &q, lse, true, None, None).map(drop);
     let (bf16, short) = (new([1, 2, 4, 8], Kind::BFloat16), new([1, 2, 3, 8], Kind::Float));
@@ -126,6 +130,15 @@ fn what_flash_attention_cannot_do_is_an_error() {
         ("dimensions", forward(&q.view([2, 4, 8]), &q, None, true), "q and k: expected"),
         ("head width", forward(&new([1, 2, 4, 9], Kind::Float), &q, None, true), "q and k: expected"),
         ("number of heads", forward(&new([1, 1, 4, 8], Kind::Float), &q, None, true), "q and k: expected"),
+        ("no keys", forward(&new([1, 2, 0, 8], Kind::Float), &new([1, 2, 0, 8], Kind::Float), None, false), "elements"),
+        ("no width", empty(Kind::Float), "elements"),
+        ("no width in bf16", empty(Kind::BFloat16), "elements"),
+        ("strides", forward(&new([1, 2, 8, 4], Kind::Float).transpose(2, 3), &q, None, true), "contiguous last"),
+        (
+            "strides of grad_out",
+            backward(&new([1, 1, 1, 1], Kind::Float).expand([1, 2, 4, 8], false), &lse),
+            "contiguous last",
+        ),
         ("length of v", forward(&q, &short, None, true), "v: expected the shape of k"),
         (
             "mask shape",
@@ -135,6 +148,7 @@ fn what_flash_attention_cannot_do_is_an_error() {
         ("two masks", forward(&q, &q, Some(&Tensor::ones([4, 4], (Kind::Float, Device::Cpu))), true), "is_causal"),
         ("grad_out", backward(&short, &lse), "grad_out: expected the shape of q"),
         ("window", causal_attention(&q, &q, &q, 1.0, Some(0)).map(drop), "at least 1"),
+        ("scale", causal_attention(&q, &q, &q, -1.0, None).map(drop), "above 0"),
         ("causal heads", causal_attention(&bf16, &bf16.repeat([1, 2, 1, 1]), &bf16, 1.0, None).map(drop), "dividing H"),
         ("causal v", causal_attention(&bf16, &bf16, &bf16.narrow(2, 0, 3), 1.0, None).map(drop), "v: expected"),
         ("causal dtypes", causal_attention(&bf16, &q, &bf16, 1.0, None).map(drop), "k: expected bfloat16"),

@@ -7,6 +7,7 @@ mod kernels;
 mod memory;
 mod optimizer;
 mod rounding;
+mod shapes;
 mod streams;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

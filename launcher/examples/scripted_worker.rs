@@ -1,6 +1,6 @@
 //! A worker for the tests of the launcher: the control plane of a real one, without tensors. It runs the config's steps,
 //! meets the other ranks in each of them, saves when it should, and stops when it is asked to; `WORKER_SCRIPT` says what
-//! else happens, as `RANK STEP ACTION` separated by semicolons (rank `*` is every one).
+//! else happens, as `RANK STEP ACTION` separated by semicolons (rank `*` is every one; step 0 is before the rendezvous).
 
 #![forbid(unsafe_code)]
 
@@ -39,6 +39,7 @@ fn main() {
     note_start(&config.output.dir, &env);
     let store = Store::connect((&env.master_addr, env.master_port), Duration::from_secs(10)).unwrap();
     let mut worker = Worker { env, config, store, progress, stop, step: 0, peers: Vec::new() };
+    worker.act_as_scripted();
     worker.find_peers();
     worker.train();
 }
@@ -62,18 +63,11 @@ impl Worker {
 
     fn train(&mut self) {
         let Length::Steps(num_steps) = self.config.training.duration else { panic!("the tests use steps") };
-        let script = std::env::var("WORKER_SCRIPT").unwrap_or_default();
         let every = self.config.checkpoint.every_steps;
         while self.step < num_steps {
             self.step += 1;
             self.progress.set_step(self.step);
-            for action in script.split(';') {
-                let [rank, step, action] = action.split_whitespace().collect::<Vec<_>>()[..] else { continue };
-                let is_for_me = rank == "*" || rank == self.env.rank.to_string();
-                if is_for_me && step == self.step.to_string() {
-                    self.act(action);
-                }
-            }
+            self.act_as_scripted();
             std::thread::sleep(Duration::from_millis(5));
             let stops = self.meet("step", i64::from(self.stop.is_set()));
             if stops > 0 || (every > 0 && self.step.is_multiple_of(every)) {
@@ -81,6 +75,17 @@ impl Worker {
             }
             if stops > 0 {
                 exit(ExitStatus::Stopped.code());
+            }
+        }
+    }
+
+    /// Does what the script has for this rank and step.
+    fn act_as_scripted(&self) {
+        for action in std::env::var("WORKER_SCRIPT").unwrap_or_default().split(';') {
+            let [rank, step, action] = action.split_whitespace().collect::<Vec<_>>()[..] else { continue };
+            let is_for_me = rank == "*" || rank == self.env.rank.to_string();
+            if is_for_me && step == self.step.to_string() {
+                self.act(action);
             }
         }
     }

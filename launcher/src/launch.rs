@@ -83,7 +83,11 @@ pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
     drop(lifeline);
     processes::end_orphans(&spare, ORPHAN_PATIENCE);
 
-    let checkpoints = sharded::list(&dir.join("checkpoints")).map_err(Failure::failed)?;
+    // The report comes first, whatever the file system says.
+    let checkpoints = sharded::list(&dir.join("checkpoints")).unwrap_or_else(|error| {
+        supervisor.stderr.push_line(&format!("fsdp-launch: {error}"));
+        Vec::new()
+    });
     let newest = checkpoints.last().map(|(_, path)| path.as_path());
     let resumes = checked.config.checkpoint.resume == Resume::Auto;
     let (status, lines) = verdict::verdict(&history, newest, resumes);

@@ -4,11 +4,12 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Stderr, Stdout, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{Mode, OFlags};
 
 use crate::processes::timespec;
 
@@ -27,6 +28,8 @@ pub struct Outlet {
 enum Stream {
     Out(Stdout),
     Err(Stderr),
+    /// Either of them, opened once more.
+    Terminal(OwnedFd),
 }
 
 /// More than this is dropped while the reader sleeps; the ranks' log files have it all.
@@ -45,7 +48,17 @@ impl Outlet {
     }
 
     fn new(to: Stream) -> Self {
-        Self { to, queue: VecDeque::new(), closed: false, at_line_start: true }
+        let mut outlet = Self { to, queue: VecDeque::new(), closed: false, at_line_start: true };
+        // A terminal that is ready may have room for a few bytes only, and then blocks. Not to do so is a property of the
+        // opened file, which other processes share: so it is opened once more.
+        if rustix::termios::isatty(outlet.fd()) {
+            let path = format!("/proc/self/fd/{}", outlet.fd().as_raw_fd());
+            let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            if let Ok(terminal) = rustix::fs::open(path, flags, Mode::empty()) {
+                outlet.to = Stream::Terminal(terminal);
+            }
+        }
+        outlet
     }
 
     /// Takes `bytes` as they are.
@@ -70,6 +83,7 @@ impl Outlet {
         match &self.to {
             Stream::Out(stdout) => stdout.as_fd(),
             Stream::Err(stderr) => stderr.as_fd(),
+            Stream::Terminal(terminal) => terminal.as_fd(),
         }
     }
 

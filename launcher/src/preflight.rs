@@ -209,6 +209,14 @@ fn check_output(config: &JobConfig) -> Result<String, Failure> {
             existing.display()
         )));
     }
+    let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if same(&dir.join("hf"), Path::new(&config.model.path)) {
+        return Err(Failure::bad_input(format!(
+            "[output] dir: expected another folder than that of [model] path, got {}: its hf/ would be replaced by the \
+             export; choose another one",
+            dir.display()
+        )));
+    }
     let checkpoints = sharded::list(&dir.join("checkpoints")).map_err(Failure::bad_input)?;
     let newest = checkpoints.last();
     match (&config.checkpoint.resume, newest) {

@@ -28,13 +28,16 @@ pub enum Arrived {
 }
 
 impl Signals {
-    /// Takes over the five signals.
+    /// Takes over the five signals, but leaves SIGHUP alone where it is ignored: that is how `nohup` keeps a run going
+    /// after its terminal is gone.
     pub fn install() -> io::Result<Self> {
         let (interrupts, interrupts_writer) = UnixStream::pair()?;
         let (stops, stops_writer) = UnixStream::pair()?;
         pipe::register(SIGINT, interrupts_writer)?;
         for signal in [SIGTERM, SIGHUP, SIGUSR1, SIGUSR2] {
-            pipe::register(signal, stops_writer.try_clone()?)?;
+            if signal != SIGHUP || !is_ignored(SIGHUP)? {
+                pipe::register(signal, stops_writer.try_clone()?)?;
+            }
         }
         interrupts.set_nonblocking(true)?;
         stops.set_nonblocking(true)?;
@@ -59,6 +62,13 @@ impl Signals {
             Arrived::Nothing
         }
     }
+}
+
+/// Whether this process ignores `signal`.
+fn is_ignored(signal: i32) -> io::Result<bool> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    Ok(mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1))
 }
 
 /// Empties the pipe; returns the number of bytes.

@@ -75,7 +75,7 @@ impl RankFailure {
     }
 }
 
-/// A rank that lives, but had not come to a collective for which another one waited in vain.
+/// A rank that lives, but had not come to a collective for which another one waited in vain, or is suspended.
 #[derive(Debug)]
 pub struct AbsentRank {
     pub rank: usize,
@@ -83,6 +83,13 @@ pub struct AbsentRank {
     pub at: Snapshot,
     /// State letter of the process.
     pub state: Option<char>,
+}
+
+impl AbsentRank {
+    /// Least for the one to blame: who is suspended, then who does not wait for others itself, then who is furthest behind.
+    pub fn order_of_suspicion(&self) -> impl Ord {
+        (self.state != Some('T'), self.at.inside, self.at.seq)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,7 +222,7 @@ impl<'a> Supervisor<'a> {
 
     /// Asks all ranks to finish the step, save and exit; once.
     fn stop(&mut self) {
-        if !matches!(self.phase, Phase::Running | Phase::Suspecting(_)) || self.history.stop_requested {
+        if !matches!(self.phase, Phase::Running | Phase::Suspecting(_)) {
             return;
         }
         self.history.stop_requested = true;
@@ -249,9 +256,10 @@ impl<'a> Supervisor<'a> {
         if matches!(self.phase, Phase::Ending(_) | Phase::Killed(_)) {
             return;
         }
-        for rank in self.living() {
-            // A suspended process cannot react, and what it would wake up to is gone.
-            if processes::state(rank.pid) == Some('T') {
+        for (index, rank) in self.ranks.iter().enumerate().filter(|(_, rank)| !rank.has_ended()) {
+            // A suspended process cannot react, and what it would wake up to is gone. Before the first step there is
+            // nothing to save, and ranks may be in a wait that only a time limit ends.
+            if processes::state(rank.pid) == Some('T') || self.progress.snapshot(index).step == 0 {
                 processes::signal_group(rank.pid, Signal::KILL);
             }
         }
@@ -281,14 +289,19 @@ impl<'a> Supervisor<'a> {
             .map_err(|e| Failure::failed(format!("cannot wait for rank {number} (pid {pid}): {e}")))?;
         // A record of an earlier run under the same rank is not this process's.
         let record = error_file::read(self.log_dir, number).ok().flatten().filter(|r| r.pid == pid.cast_unsigned());
-        let was_asked = !matches!(self.phase, Phase::Running | Phase::Suspecting(_));
+        // By the launcher, with that signal.
+        let was_asked = |signal| match self.phase {
+            Phase::Running | Phase::Suspecting(_) => false,
+            Phase::Stopping(_) => signal == SIGTERM,
+            Phase::Ending(_) | Phase::Killed(_) => signal == SIGTERM || signal == SIGKILL,
+        };
         match end {
             End::Exited(0) => return Ok(()),
             End::Exited(code) if code == ExitStatus::Stopped.code() && record.is_none() => {
                 self.history.num_stopped += 1;
                 return Ok(());
             }
-            End::Killed(signal) if was_asked && (signal == SIGTERM || signal == SIGKILL) => {
+            End::Killed(signal) if was_asked(signal) => {
                 self.history.num_stopped += 1;
                 // It was still starting and had no handler yet: the others wait for it in vain.
                 if let Phase::Stopping(_) = self.phase {
@@ -324,15 +337,15 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    /// Ranks that live and had not come to the collective in which another one, at `waiting`, gave up.
+    /// Ranks that live and had not come to the collective in which another one, at `waiting`, gave up; or are suspended.
     fn absent_from(&self, waiting: &Snapshot) -> Vec<AbsentRank> {
         let of = |(index, rank): (usize, &RankProcess)| {
-            let at = self.progress.snapshot(index);
-            (!rank.has_ended() && at.seq < waiting.seq).then(|| AbsentRank {
+            let (at, state) = (self.progress.snapshot(index), processes::state(rank.pid));
+            (!rank.has_ended() && (at.seq < waiting.seq || state == Some('T'))).then(|| AbsentRank {
                 rank: rank.rank,
                 pid: rank.pid.as_raw_pid(),
                 at,
-                state: processes::state(rank.pid),
+                state,
             })
         };
         self.ranks.iter().enumerate().filter_map(of).collect()

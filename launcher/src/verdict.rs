@@ -15,7 +15,6 @@ use crate::supervise::{History, RankFailure, STOP_DEADLINE};
 pub fn verdict(history: &History, checkpoint: Option<&Path>, resumes: bool) -> (ExitStatus, Vec<String>) {
     let mut lines = Vec::new();
     let culprit = culprit(&history.failures);
-    let was_stopped = history.num_stopped > 0 || history.stop_requested;
     let status = match culprit {
         // A rank that ends early in a stop takes the others' peer away: that is no failure of theirs.
         Some(failure) if failure.is_primary() || !history.stop_requested => {
@@ -27,7 +26,8 @@ pub fn verdict(history: &History, checkpoint: Option<&Path>, resumes: bool) -> (
             }
         }
         _ if history.forced => failed(checkpoint),
-        _ if was_stopped => ExitStatus::Stopped,
+        // A signal that came too late for a step to stop at changes nothing: the run is done.
+        _ if history.num_stopped > 0 || culprit.is_some() => ExitStatus::Stopped,
         _ => ExitStatus::Done,
     };
     if history.forced {
@@ -73,7 +73,7 @@ fn failed(checkpoint: Option<&Path>) -> ExitStatus {
 /// The first failure: who, what, when, what to do; then what the rank itself has to say.
 fn report(failure: &RankFailure) -> Vec<String> {
     let mut lines = Vec::new();
-    if let Some(absent) = failure.absent.first() {
+    if let Some(absent) = failure.absent.iter().min_by_key(|rank| rank.order_of_suspicion()) {
         let did = match absent.state {
             Some('T') => "is suspended and did not come",
             _ => "did not come",
@@ -83,14 +83,14 @@ fn report(failure: &RankFailure) -> Vec<String> {
             seq => format!("its last one was number {seq}, {} for {:?}", absent.at.op, absent.at.unit),
         };
         lines.push(format!(
-            "rank {} (host {}, pid {}) {did} to a collective at step {}; {after}",
-            absent.rank, failure.host, absent.pid, absent.at.step
+            "rank {} (host {}, pid {}) {did} to a collective {}; {after}",
+            absent.rank,
+            failure.host,
+            absent.pid,
+            when(absent.at.step)
         ));
     }
-    let when = match failure.step {
-        0 => "before the first step".to_owned(),
-        step => format!("at step {step}"),
-    };
+    let when = when(failure.step);
     let who = format!("rank {} (host {}, pid {})", failure.rank, failure.host, failure.pid);
     match &failure.record {
         Some(record) => {
@@ -107,6 +107,13 @@ fn report(failure: &RankFailure) -> Vec<String> {
         lines.extend(failure.last_lines.iter().map(|line| format!("  | {line}")));
     }
     lines
+}
+
+fn when(step: u64) -> String {
+    match step {
+        0 => "before the first step".to_owned(),
+        step => format!("at step {step}"),
+    }
 }
 
 /// What to do about an end of which only the status is known.
@@ -173,6 +180,7 @@ mod tests {
     fn statuses_without_failures() {
         let stopped = History { num_stopped: 2, ..History::default() };
         let asked = History { stop_requested: true, num_stopped: 2, ..History::default() };
+        let too_late = History { stop_requested: true, ..History::default() };
         let forced = History { stop_requested: true, forced: true, num_stopped: 2, ..History::default() };
         let victims = History {
             stop_requested: true,
@@ -180,9 +188,14 @@ mod tests {
             failures: vec![failure(0, End::Exited(1), Some(ErrorKind::PeerLost))],
             ..History::default()
         };
-        for (history, with, without) in
-            [(History::default(), 0, 0), (stopped, 75, 75), (asked, 75, 75), (forced, 75, 1), (victims, 75, 75)]
-        {
+        for (history, with, without) in [
+            (History::default(), 0, 0),
+            (stopped, 75, 75),
+            (asked, 75, 75),
+            (too_late, 0, 0),
+            (forced, 75, 1),
+            (victims, 75, 75),
+        ] {
             assert_eq!(verdict(&history, Some(Path::new(CHECKPOINT)), true).0.code(), with, "{history:?}");
             assert_eq!(verdict(&history, None, true).0.code(), without, "{history:?}");
         }
@@ -211,7 +224,12 @@ mod tests {
     fn a_timeout_names_the_rank_that_did_not_come() {
         let mut victim = failure(0, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
         let at = Snapshot { step: 6, seq: 41, op: Op::AllGather, inside: false, unit: "layers.2".to_owned() };
-        victim.absent = vec![AbsentRank { rank: 3, pid: 103, at, state: Some('T') }];
+        // Rank 2 was behind too, but because it waits itself.
+        let waits = Snapshot { seq: 42, inside: true, ..at.clone() };
+        victim.absent = vec![
+            AbsentRank { rank: 2, pid: 102, at: waits, state: Some('S') },
+            AbsentRank { rank: 3, pid: 103, at, state: Some('T') },
+        ];
         let of_the_victim = failure(1, End::Exited(1), Some(ErrorKind::PeerLost));
         let (_, lines) = verdict(&after(vec![of_the_victim, victim]), None, true);
         assert_eq!(

@@ -79,6 +79,8 @@ const CASES: &[Case] = &[
         &["data.jsonl", "expected tokens to learn from"]),
     ("no data", |job| std::fs::remove_file(job.path("data.jsonl")).unwrap(), &[], &["data.jsonl", "No such file"]),
     ("line too long", |job| job.write("data.jsonl", "{\"input_ids\": [1,1,1,1,1,1,1,1,1]}\n"), &[], &["data.jsonl:1", "9", "8"]),
+    ("output over the model", |job| std::fs::rename(job.path("model"), job.path("hf")).unwrap(),
+        &["--set", "model.path=hf", "--set", "output.dir=."], &["[output] dir", "[model] path"]),
     ("sequence too long", nothing, &["--set", "training.seq_len=33"],
         &["[training] seq_len: expected at most 32", "model/config.json", "got 33"]),
     ("output below a file", nothing, &["--set", "output.dir=data.jsonl/out"], &["[output] dir", "data.jsonl is no folder"]),

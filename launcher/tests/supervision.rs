@@ -2,6 +2,8 @@
 
 mod job;
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -10,6 +12,16 @@ use rustix::process::{Pid, Signal, kill_process};
 
 fn send(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+/// A terminal: the end of who sits at it, and the end of programs.
+fn open_terminal() -> (OwnedFd, File) {
+    let terminal = rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
+    rustix::pty::grantpt(&terminal).unwrap();
+    rustix::pty::unlockpt(&terminal).unwrap();
+    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+    let programs = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
+    (terminal, programs)
 }
 
 /// The ranks that a report names as the first failure.
@@ -137,6 +149,67 @@ fn a_rank_that_ignores_the_end_of_the_others_is_killed_after_the_grace() {
     job.assert_no_survivors(Duration::ZERO);
 }
 
+/// Ranks in the rendezvous wait for the one that is gone; nothing but a time limit would end that.
+#[test]
+fn a_failure_before_the_first_step_ends_the_others_at_once() {
+    let job = Job::new(100);
+    let ended = job.run(3, "1 0 exit=3", &[]);
+    assert_eq!((ended.status, named(&ended.stderr)), (1, vec!["1".to_owned()]), "{ended:?}");
+    assert!(ended.stderr.contains("exited with status 3 before the first step"), "{ended:?}");
+    assert!(ended.took < Duration::from_secs(3), "{ended:?}");
+    job.assert_no_survivors(Duration::ZERO);
+}
+
+/// The launcher asks with SIGTERM; SIGKILL in the middle of the save is somebody else's, the machine out of memory.
+#[test]
+fn a_rank_killed_while_the_run_stops_is_named() {
+    let job = Job::new(1_000_000);
+    let child = job.start(3, "1 2 hang", &[]);
+    let pids = job.wait_for_ranks(3);
+    job.wait_for("out/acted-1-2");
+    send(child.id(), Signal::TERM);
+    std::thread::sleep(Duration::from_millis(200));
+    send(pids[1] as u32, Signal::KILL);
+    let ended = end(child);
+    assert_eq!((ended.status, named(&ended.stderr)), (1, vec!["1".to_owned()]), "{ended:?}");
+    assert!(ended.stderr.contains("was killed by SIGKILL at step 2"), "{ended:?}");
+    job.assert_no_survivors(Duration::ZERO);
+}
+
+#[test]
+fn a_run_under_nohup_goes_on_after_its_terminal_is_gone() {
+    let job = Job::new(1_000_000);
+    let mut command = std::process::Command::new("nohup");
+    command.args(["bin/fsdp-launch", "--nproc", "2", "job.toml"]).current_dir(job.dir.path());
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    job.wait_for_ranks(2);
+    send(child.id(), Signal::HUP);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(job.survivors().len(), 3, "launcher and ranks");
+    send(child.id(), Signal::TERM);
+    assert_eq!(end(child).status, 75);
+}
+
+/// A terminal takes less than a pipe: what does not fit must not hold up the launcher.
+#[test]
+fn a_terminal_that_nobody_reads_does_not_hold_the_run_up() {
+    let job = Job::new(10);
+    let (_terminal, stderr) = open_terminal();
+    let mut command = job.command(&["--nproc", "2", "job.toml"]);
+    command.env("WORKER_SCRIPT", "0 3 spew=1000").stderr(Stdio::from(stderr));
+    let mut child = command.spawn().unwrap();
+    let start = Instant::now();
+    let status = loop {
+        match child.try_wait().unwrap() {
+            None if start.elapsed() < Duration::from_secs(10) => std::thread::sleep(Duration::from_millis(10)),
+            status => break status,
+        }
+    };
+    let _ = child.kill();
+    let _ = child.wait();
+    assert_eq!(status.expect("the launcher hangs").code(), Some(0));
+}
+
 #[test]
 fn a_suspended_rank_is_killed_at_once_when_another_fails() {
     let job = Job::new(1_000_000);
@@ -235,11 +308,7 @@ fn signals_while_ranks_start_end_the_run_too() {
 #[test]
 fn a_second_ctrl_c_at_a_terminal_ends_ranks_that_hang() {
     let job = Job::new(1_000_000);
-    let terminal = rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
-    rustix::pty::grantpt(&terminal).unwrap();
-    rustix::pty::unlockpt(&terminal).unwrap();
-    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
-    let stdin = std::fs::File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
+    let (_terminal, stdin) = open_terminal();
     let mut command = job.command(&["--nproc", "2", "job.toml"]);
     command.env("WORKER_SCRIPT", "1 2 hang").stdin(Stdio::from(stdin));
     let child = command.spawn().unwrap();

@@ -90,9 +90,14 @@ fn ranks_that_call_different_things_are_told_both() {
 
 #[test]
 fn a_rank_that_does_not_come_is_named() {
-    let ranks = start_some("late", 2, 3, Duration::from_millis(1500));
-    for ended in ranks.wait() {
-        assert_eq!(ended.results, ["missing [2]"]);
+    let mut ranks = start_some("late", 2, 3, Duration::from_millis(1500));
+    for rank in 0..2 {
+        assert_eq!(ranks.wait_for(rank).results, ["missing [2]"]);
+        let snapshot = ranks.progress.snapshot(rank);
+        assert!(
+            snapshot.inside && snapshot.seq == 1,
+            "the counters tell it from a rank that did not come: {snapshot:?}"
+        );
     }
 }
 

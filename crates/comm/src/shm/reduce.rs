@@ -96,6 +96,9 @@ impl ShmGroup {
         self.wait(&buffer.channel, Phase::Written, buffer.n, call)?;
         for (out, segment) in out.iter().zip(segments) {
             let numel = segment.numel / self.world_size();
+            if numel == 0 {
+                continue; // an empty tensor may have a null address, of which no slice can be made
+            }
             let offset_bytes = segment.offset_bytes + self.rank * numel * element_bytes(segment.kind);
             let sources: Vec<*const u8> =
                 buffer.data.iter().map(|data| data.range(segment.kind, offset_bytes, numel).cast_const()).collect();

@@ -17,6 +17,9 @@ use super::wait::{self, Waiting};
 use super::{ALIGN_BYTES, ShmGroup, keep};
 use crate::CommError;
 
+/// What the first collective of a group is for, in messages.
+const RENDEZVOUS: &str = "rendezvous";
+
 /// A rank's process.
 #[derive(Debug)]
 pub(super) struct Peer {
@@ -51,6 +54,10 @@ impl ShmGroup {
         let key = |rank: usize| format!("shm/{number}/rank-{rank}");
         let fd = own.as_ref().map_or(-1, |(_, fd)| fd.as_raw_fd());
         store.set(&key(rank), Card { host: host(), pid: std::process::id(), fd }.to_text().as_bytes())?;
+        // Before the first wait, so that the counters tell who has come and who has not.
+        if let Some(progress) = &progress {
+            progress.enter(Op::Barrier, 1, RENDEZVOUS);
+        }
         store.barrier(&format!("shm/{number}/set"), rank, world_size, timeout)?;
         let mut cards = Vec::new();
         for other_rank in 0..world_size {
@@ -80,7 +87,7 @@ impl ShmGroup {
             seq: 0,
         };
         group.channels.push(group.staging.channel());
-        let call = group.start_call(Op::Barrier, None, 0, 0, "rendezvous");
+        let call = group.start_call(Op::Barrier, None, 0, 0, RENDEZVOUS);
         group.staged_barrier(call)?;
         drop(own_fd); // all have opened it
         Ok(group)

@@ -240,6 +240,9 @@ impl Staging {
     /// Copies or combines chunk `i` of all ranks into the output.
     fn read(&self, staged: &Staged, i: usize, chunk: u32) {
         let (start, numel) = staged.range(i);
+        if numel == 0 {
+            return; // an empty tensor may have a null address, of which no slice can be made
+        }
         let copy = |rank: usize, to_element: usize| {
             // SAFETY: as in `write`, the other way; all ranks have written the chunk and leave it until it is released.
             unsafe {

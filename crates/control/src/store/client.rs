@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use super::wire::{self, Kind, MAX_KEY_BYTES, MAX_VALUE_BYTES, Reply};
 use crate::ControlError;
 
-/// How long a reply may take beyond the time that the server was asked to wait.
-const REPLY_SLACK: Duration = Duration::from_secs(10);
+/// How long a reply may take beyond the time that the server was asked to wait: longer than a launcher is suspended by
+/// Ctrl-Z for a moment. A server that is gone is noticed at once, a host within seconds; see `wire::keep_alive`.
+const REPLY_SLACK: Duration = Duration::from_secs(600);
 const RETRY_EVERY: Duration = Duration::from_millis(50);
 
 /// A connection to a [`super::StoreServer`].
@@ -131,6 +132,10 @@ impl Store {
             Ok(Reply::Value(value)) => Ok(Some(value)),
             Ok(Reply::TimedOut) => Ok(None),
             Ok(Reply::Refused(reason)) => Err(self.refused(kind, key, reason)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let source = io::Error::new(io::ErrorKind::TimedOut, format!("no reply within {limit:?}"));
+                Err(ControlError::StoreLost { addr: self.addr.clone(), source })
+            }
             Err(source) => Err(ControlError::StoreLost { addr: self.addr.clone(), source }),
         }
     }

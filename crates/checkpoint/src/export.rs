@@ -222,7 +222,9 @@ impl Export {
         }
         durable::rename(&self.temp_dir, &self.final_dir)?;
         durable::sync_dir(&durable::parent(&self.final_dir))?;
-        durable::remove_dir_all(&trash)
+        // Committed: an old folder that cannot be removed now goes with the next export.
+        let _ = durable::remove_dir_all(&trash);
+        Ok(())
     }
 }
 

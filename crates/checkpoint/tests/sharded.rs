@@ -322,7 +322,7 @@ fn the_newest_valid_is_found_and_the_damaged_one_can_be_set_aside_and_saved_agai
 #[test]
 fn only_the_newest_are_kept_and_foreign_files_are_left_alone() {
     let root = tempfile::tempdir().unwrap();
-    let foreign = ["step-1", "step-00000001.txt", "notes.tmp-x", "step-x.tmp-y"];
+    let foreign = ["step-1", "step-00000001.txt", "notes.tmp-x", "step-x.tmp-y", ".trash-notes"];
     for name in foreign {
         fs::create_dir(root.path().join(name)).unwrap();
     }

@@ -23,8 +23,8 @@ pub struct CheckReport {
     pub format: Format,
 }
 
-/// Parses and tokenises the lines in the first `limit_bytes_per_file` bytes of each file. What passes here cannot fail
-/// for its contents in training.
+/// Parses and tokenises the lines in the first `limit_bytes_per_file` bytes of each file. A line that passes here cannot
+/// fail for its contents in training.
 pub fn check(spec: &DataSpec, limit_bytes_per_file: u64) -> Result<CheckReport, DataError> {
     let dataset = Dataset::open_first_bytes(spec, limit_bytes_per_file)?;
     let mut report = CheckReport {

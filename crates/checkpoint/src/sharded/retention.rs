@@ -46,8 +46,8 @@ pub fn abort(root: &Path, step: u64, save_id: &str) -> Result<()> {
 pub fn sweep(root: &Path) -> Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
     for name in names(root)? {
-        let unfinished = name.split_once(".tmp-").is_some_and(|(step, _)| parse_dir_name(step).is_some());
-        if unfinished || name.starts_with(TRASH) {
+        let unfinished = name.split_once(".tmp-").map(|(step, _)| step).or_else(|| name.strip_prefix(TRASH));
+        if unfinished.is_some_and(|step| parse_dir_name(step).is_some()) {
             durable::remove_dir_all(&root.join(&name))?;
             removed.push(root.join(name));
         }

@@ -28,10 +28,10 @@ WORD_TASKS = {
     "Sort the letters of {}.": lambda word: "".join(sorted(word)),
     "Count the letters of {}.": lambda word: str(len(word)),
 }
-# How often each task comes: sums take the longest to learn, counting the shortest.
+# How often each task comes: the hardest most often.
 SHARES = {
-    SUM: 6,
-    "Reverse the word {}.": 3,
+    SUM: 5,
+    "Reverse the word {}.": 4,
     "Upper-case the word {}.": 2,
     "Sort the letters of {}.": 3,
     "Count the letters of {}.": 1,

@@ -82,6 +82,14 @@ impl LrScheduler {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_run_shorter_than_its_warm_up_only_rises() {
+        for kind in [LrKind::Constant, LrKind::Linear, LrKind::Cosine, LrKind::Wsd] {
+            let scheduler = scheduler(kind, 100, 0.0, 50);
+            assert_eq!((1..=4).map(|s| scheduler.lr_at(1.0, s, 4)).collect::<Vec<_>>(), [0.01, 0.02, 0.03, 0.04]);
+        }
+    }
+
     fn scheduler(kind: LrKind, warmup: u64, min_lr: f64, decay: u64) -> LrScheduler {
         LrScheduler { kind, warmup: Portion::Steps(warmup), min_lr, decay: Portion::Steps(decay) }
     }

@@ -26,7 +26,7 @@ pub(crate) fn job(mut raw: RawConfig) -> Result<JobConfig, ConfigError> {
         fsdp: fsdp(&mut table(&mut raw, "fsdp"))?,
         precision: precision(&mut table(&mut raw, "precision"))?,
         activation_checkpointing: activation_checkpointing(&mut table(&mut raw, "activation_checkpointing"))?,
-        lr_scheduler: lr_scheduler(&mut table(&mut raw, "lr_scheduler"), &optimizer, &training)?,
+        lr_scheduler: lr_scheduler(&mut table(&mut raw, "lr_scheduler"), &optimizer)?,
         optimizer,
         training,
         data: data(&mut table(&mut raw, "data"))?,
@@ -138,7 +138,7 @@ fn optimizer(s: &mut Section) -> Result<Optimizer, ConfigError> {
     })
 }
 
-fn lr_scheduler(s: &mut Section, optimizer: &Optimizer, training: &Training) -> Result<LrScheduler, ConfigError> {
+fn lr_scheduler(s: &mut Section, optimizer: &Optimizer) -> Result<LrScheduler, ConfigError> {
     let kind = s.choice("kind", LrKind::CHOICES, &[])?.unwrap_or(LrKind::Constant);
     if kind != LrKind::Wsd {
         for key in ["decay_steps", "decay_ratio"] {
@@ -154,8 +154,8 @@ fn lr_scheduler(s: &mut Section, optimizer: &Optimizer, training: &Training) -> 
             }
         }
     }
-    let warmup = portion(s, "warmup_steps", "warmup_ratio", training)?.unwrap_or(Portion::Steps(0));
-    let decay = portion(s, "decay_steps", "decay_ratio", training)?.unwrap_or(Portion::Ratio(match kind {
+    let warmup = portion(s, "warmup_steps", "warmup_ratio")?.unwrap_or(Portion::Steps(0));
+    let decay = portion(s, "decay_steps", "decay_ratio")?.unwrap_or(Portion::Ratio(match kind {
         LrKind::Wsd => 0.1,
         _ => 0.0,
     }));
@@ -171,20 +171,13 @@ fn lr_scheduler(s: &mut Section, optimizer: &Optimizer, training: &Training) -> 
     Ok(LrScheduler { kind, warmup, min_lr, decay })
 }
 
-/// One of a number of steps and a share of all steps, no longer than the run.
-fn portion(s: &mut Section, steps: &str, ratio: &str, training: &Training) -> Result<Option<Portion>, ConfigError> {
+/// One of a number of steps and a share of all steps. It may be longer than the run: a try of a few steps keeps the
+/// schedule of the whole.
+fn portion(s: &mut Section, steps: &str, ratio: &str) -> Result<Option<Portion>, ConfigError> {
     s.exclusive(steps, ratio)?;
     let share = s.number(ratio, "a number from 0 to 1", |share| (0.0..=1.0).contains(&share))?;
-    let Some(taken) = s.integer(steps, 0..=MAX_STEPS)? else {
-        return Ok(share.map(|taken| Portion::Ratio(taken.value)));
-    };
-    if let Duration::Steps(total) = training.duration
-        && taken.value > total
-    {
-        let expected = format!("at most [training] steps = {total}");
-        return Err(s.wrong(&taken.at, steps, &expected, taken.value.to_string(), ""));
-    }
-    Ok(Some(Portion::Steps(taken.value)))
+    let steps = s.integer(steps, 0..=MAX_STEPS)?;
+    Ok(steps.map(|taken| Portion::Steps(taken.value)).or(share.map(|taken| Portion::Ratio(taken.value))))
 }
 
 fn training(s: &mut Section) -> Result<Training, ConfigError> {

@@ -97,9 +97,11 @@ impl Job {
         self.write("model/model.safetensors", bytes);
     }
 
-    /// The launcher, to be started in the job's folder.
+    /// The launcher, to be started in the job's folder. Signals that the tests' own starter ignores (`nohup`) are not
+    /// ignored by it.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(self.path("bin/fsdp-launch"));
+        let mut command = Command::new("env");
+        command.arg("--default-signal").arg(self.path("bin/fsdp-launch"));
         command.current_dir(self.dir.path()).args(args).stdin(Stdio::null());
         command.env_remove("OMP_NUM_THREADS").stdout(Stdio::piped()).stderr(Stdio::piped());
         command

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use fsdp_comm::{GatherBuffer, ProcessGroup, ReduceBuffer, ReduceOp};
 use fsdp_model::{Activations, BatchShape, Block, Embedding, Head, RopeTables, kind};
 use fsdp_plan::{Dtype, Keep, Plan, Step, UnitId, UnitKind};
-use fsdp_torch_ext as ext;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::optimizer::{Optimizer, clip_divisor};
+use crate::non_finite::is_finite;
+use crate::optimizer::Optimizer;
 use crate::state::Piece;
-use crate::unit::{UnitError, UnitState};
+use crate::unit::UnitState;
 use crate::{AdamWConfig, EngineError, LossScaler};
 
 /// Settings of the engine that the plan does not hold.
@@ -61,7 +61,7 @@ pub struct StepReport {
 #[derive(Debug)]
 pub struct Engine {
     pub(crate) plan: Plan,
-    config: EngineConfig,
+    pub(crate) config: EngineConfig,
     pub(crate) pg: ProcessGroup,
     pub(crate) units: Vec<UnitState>,
     pub(crate) slots: Vec<GatherBuffer>,
@@ -85,16 +85,16 @@ enum Kept {
 
 /// Values that travel through one pass over the program.
 #[derive(Debug)]
-struct Pass<'a> {
+pub(crate) struct Pass<'a> {
     batches: &'a [MicroBatch],
     /// Output of the last forward, or gradient for the next backward: `[N, D]`.
     flow: Option<Tensor>,
     kept: Vec<Option<Kept>>,
-    loss_sum: f64,
+    pub(crate) loss_sum: f64,
     /// Factor of the loss whose gradient is computed.
     grad_of_loss: f64,
-    num_tokens: u64,
-    comm_time: Duration,
+    pub(crate) num_tokens: u64,
+    pub(crate) comm_time: Duration,
     head: HeadMode<'a>,
     /// Looks for the first unit whose output is not finite.
     find_non_finite: bool,
@@ -318,20 +318,18 @@ impl Engine {
                 break;
             }
             self.deferred.remove(0);
-            unit_result(self.units[unit].write_and_start_all_gather(&mut self.pg, slot))?;
+            self.units[unit].write_and_start_all_gather(&mut self.pg, slot)?;
         }
         Ok(())
     }
 
     fn wait_unshard(&mut self, unit: UnitId) -> Result<(), EngineError> {
-        while let Some(&first) = self.deferred.first() {
-            if !self.deferred.contains(&unit) {
-                break;
-            }
+        while self.deferred.contains(&unit) {
+            let first = self.deferred[0];
             let slot = &mut self.slots[self.plan.slots.slot_of_unit[first]];
             self.pg.begin_write(slot, &self.units[first].name)?;
             self.deferred.remove(0);
-            unit_result(self.units[first].write_and_start_all_gather(&mut self.pg, slot))?;
+            self.units[first].write_and_start_all_gather(&mut self.pg, slot)?;
         }
         Ok(self.pg.wait_all_gather(&mut self.slots[self.plan.slots.slot_of_unit[unit]])?)
     }
@@ -438,72 +436,10 @@ impl Engine {
         }
         Ok((tokens, sums.f_int64_value(&[1])? > 0))
     }
-
-    fn loss_scale(&self) -> f64 {
-        self.scaler.map_or(1.0, |s| s.scale)
-    }
-
-    /// Global mean loss, and the global norm of the unscaled gradients; padding is no part of any piece.
-    fn loss_and_grad_norm(&mut self, pass: &mut Pass<'_>) -> Result<(f64, f64), EngineError> {
-        let square_sum: f64 = self.grad_norms()?.iter().map(|n| n * n).sum();
-        let sums = Tensor::from_slice(&[square_sum, pass.loss_sum]);
-        pass.comm_time += timed(|| Ok(self.pg.all_reduce(&sums, ReduceOp::Sum)?))?;
-        let norm = sums.f_double_value(&[0])?.sqrt() / self.loss_scale();
-        Ok((sums.f_double_value(&[1])? / pass.num_tokens as f64, norm))
-    }
-
-    /// The norm of each of this rank's pieces of the (scaled) gradient.
-    pub(crate) fn grad_norms(&self) -> Result<Vec<f64>, EngineError> {
-        // libtorch adds the squares of a tensor one by one in fp32, which over millions of them loses digits.
-        const MAX_NUMEL: i64 = 1 << 16;
-        let pieces = self.piece_views(&self.optimizer.grad_shards)?;
-        let parts = pieces.iter().map(|view| view.f_split(MAX_NUMEL, 0)).collect::<Result<Vec<_>, _>>()?;
-        if parts.is_empty() {
-            return Ok(vec![]);
-        }
-        let norms = ext::foreach_norm(&parts.iter().flatten().collect::<Vec<_>>())?;
-        let norms = Vec::<f64>::try_from(Tensor::f_stack(&norms, 0)?.f_to_kind(Kind::Double)?)?;
-        let mut norms = norms.into_iter();
-        Ok(parts.iter().map(|p| norms.by_ref().take(p.len()).map(|n| n * n).sum::<f64>().sqrt()).collect())
-    }
-
-    pub(crate) fn piece_views(&self, flat: &Tensor) -> Result<Vec<Tensor>, EngineError> {
-        let view = |p: &Piece| Ok(flat.f_narrow(0, p.flat.start as i64, p.flat.len() as i64)?);
-        self.pieces.iter().map(view).collect()
-    }
-
-    /// Updates the shards, or with fp16 backs off; `false` if nothing was updated.
-    fn optimizer_step(&mut self, report: &StepReport, batches: &[MicroBatch], lr: f64) -> Result<bool, EngineError> {
-        if !report.loss.is_finite() {
-            return Err(EngineError::NonFinite(self.find_non_finite(batches)?));
-        }
-        if !report.grad_norm.is_finite() {
-            let can_back_off = self.scaler.as_mut().is_some_and(LossScaler::back_off);
-            return if can_back_off { Ok(false) } else { Err(EngineError::NonFinite(self.find_non_finite(batches)?)) };
-        }
-        let grad_scale =
-            self.loss_scale() * self.config.max_grad_norm.map_or(1.0, |max| clip_divisor(report.grad_norm, max));
-        self.optimizer.step(lr, grad_scale)?;
-        if let Some(scaler) = &mut self.scaler {
-            scaler.grow();
-        }
-        Ok(true)
-    }
-}
-
-pub(crate) fn is_finite(t: &Tensor) -> Result<bool, EngineError> {
-    Ok(t.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
-}
-
-fn unit_result(result: Result<(), UnitError>) -> Result<(), EngineError> {
-    result.map_err(|e| match e {
-        UnitError::Comm(e) => e.into(),
-        UnitError::Tch(e) => e.into(),
-    })
 }
 
 /// Runs `f` and returns the time it took.
-fn timed(f: impl FnOnce() -> Result<(), EngineError>) -> Result<Duration, EngineError> {
+pub(crate) fn timed(f: impl FnOnce() -> Result<(), EngineError>) -> Result<Duration, EngineError> {
     let start = Instant::now();
     f()?;
     Ok(start.elapsed())

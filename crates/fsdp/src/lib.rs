@@ -3,7 +3,8 @@
 //! Layout:
 //! - [`engine`]: one rank's engine; walks the program.
 //! - [`mod@unit`]: a unit's shards and its views into slot and gradient buffer: unshard, reduce.
-//! - [`optimizer`]: AdamW over the shards, clipping.
+//! - `update`: the end of a step: loss, gradient norm, and the update of the shards.
+//! - [`optimizer`]: AdamW over the shards, how far gradients are clipped.
 //! - [`state`]: the training state by pieces of parameters, and the account of memory.
 //! - [`scaler`]: the dynamic loss scale for fp16.
 //! - [`init`]: random weights that depend on seed and name only.
@@ -17,6 +18,7 @@ pub mod optimizer;
 pub mod scaler;
 pub mod state;
 pub mod unit;
+mod update;
 
 pub use engine::{Engine, EngineConfig, MicroBatch, StepReport};
 pub use non_finite::NonFinite;
@@ -28,6 +30,7 @@ use fsdp_comm::CommError;
 use fsdp_model::ModelError;
 use tch::TchError;
 
+/// What can end a step: collectives, libtorch, or the numbers themselves.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     #[error(transparent)]

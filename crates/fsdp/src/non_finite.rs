@@ -6,7 +6,6 @@ use fsdp_comm::ReduceOp;
 use fsdp_plan::UnitId;
 use tch::Tensor;
 
-use crate::engine::is_finite;
 use crate::{Engine, EngineError, MicroBatch};
 
 /// The first place of the model, in forward order, that is not finite.
@@ -99,4 +98,9 @@ impl Engine {
         let back = |n: i64| (if last { n - 1 } else { limit - n }) as usize;
         Ok((key != 0).then(|| ((limit - (key & limit)) as usize, back(key >> (2 * BITS)), back((key >> BITS) & limit))))
     }
+}
+
+/// Whether all elements are finite.
+pub(crate) fn is_finite(t: &Tensor) -> Result<bool, EngineError> {
+    Ok(t.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }

@@ -6,7 +6,7 @@ use fsdp_comm::ProcessGroup;
 use fsdp_plan::{Init, Memory, Plan, UnitId};
 use tch::Tensor;
 
-use crate::{Engine, LossScaler};
+use crate::{Engine, EngineError, LossScaler};
 
 /// A contiguous piece of one parameter in this rank's flat state tensors.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,6 +59,12 @@ impl Engine {
             StateKind::ExpAvg => &mut self.optimizer.exp_avg,
             StateKind::ExpAvgSq => &mut self.optimizer.exp_avg_sq,
         }
+    }
+
+    /// Views of this rank's pieces in a flat tensor, in their order.
+    pub(crate) fn piece_views(&self, flat: &Tensor) -> Result<Vec<Tensor>, EngineError> {
+        let view = |p: &Piece| Ok(flat.f_narrow(0, p.flat.start as i64, p.flat.len() as i64)?);
+        self.pieces.iter().map(view).collect()
     }
 
     /// Optimizer steps taken, and the loss scaler: what a checkpoint holds besides the flat state.

@@ -13,6 +13,8 @@ use fsdp_model::kind;
 use fsdp_plan::{Dtype, Group, UnitLayout};
 use tch::{TchError, Tensor};
 
+use crate::EngineError;
+
 /// Tensors of one unit. The slot map is static, so all views are made once.
 #[derive(Debug)]
 pub struct UnitState {
@@ -85,7 +87,7 @@ impl UnitState {
         &mut self,
         pg: &mut ProcessGroup,
         slot: &mut GatherBuffer,
-    ) -> Result<(), UnitError> {
+    ) -> Result<(), EngineError> {
         for group in &mut self.groups {
             group.all_gather_input.f_copy_(&group.master)?;
         }
@@ -106,13 +108,4 @@ impl UnitState {
         let shards: Vec<&Tensor> = self.groups.iter().map(|g| &g.grad_shard).collect();
         pg.wait_reduce_scatter(buffer, &shards, accumulate)
     }
-}
-
-/// Filling the slot is libtorch's, moving it the process group's.
-#[derive(Debug, thiserror::Error)]
-pub enum UnitError {
-    #[error(transparent)]
-    Comm(#[from] CommError),
-    #[error("libtorch: {}", fsdp_model::first_line(.0))]
-    Tch(#[from] TchError),
 }

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
             ExitStatus::BadInput
         }
     };
-    ExitCode::from(status.code() as u8)
+    status.into()
 }
 
 /// Runs one rank; every failure ends as a line on stderr, a record for the launcher, and a status.

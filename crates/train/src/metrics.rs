@@ -18,7 +18,7 @@ pub struct StepLine {
     pub lr: f64,
     /// Tokens with a label, of all ranks.
     pub tokens: u64,
-    /// Wall time since the last step's end, data included.
+    /// Wall time since the last step's end: data included, and a validation or a save where one came between.
     pub step_time_s: f64,
     pub tokens_per_second: f64,
     /// Largest over ranks.

@@ -52,7 +52,7 @@ pub struct Trainer {
     /// The step of the newest committed checkpoint of this run.
     saved_step: Option<u64>,
     last_step_end: Instant,
-    median_of_recent: RecentTimes,
+    recent_times: RecentTimes,
 }
 
 impl Trainer {
@@ -123,7 +123,7 @@ impl Trainer {
             step,
             saved_step: resumed.map(|s| s.step),
             last_step_end: start,
-            median_of_recent: RecentTimes::default(),
+            recent_times: RecentTimes::default(),
         })
     }
 
@@ -167,11 +167,10 @@ impl Trainer {
         Ok(Outcome::Done)
     }
 
-    /// Whether the output folder holds this job's end: by its newest checkpoint, or, where none were made, by the export.
+    /// Whether the output folder holds this job's end: an export of it, and a checkpoint where one is made of the end.
     fn is_finished(&self) -> Result<bool, TrainError> {
-        let resumes = self.config.checkpoint.resume == config::Resume::Auto;
         match Exported::read(&self.config) {
-            Some(exported) if self.step == self.total_steps || (self.step == 0 && resumes) => {
+            Some(exported) if self.step == self.total_steps || export_alone_counts(&self.config, self.step) => {
                 exported.is_end_of(&self.config, self.total_steps)
             }
             _ => Ok(false),
@@ -228,7 +227,8 @@ impl Trainer {
         if report.skipped {
             tracing::warn!("step {}: fp16 gradients overflowed; loss scale halved, nothing updated", self.step);
         }
-        let remaining = self.median_of_recent.add(step_time) * (self.total_steps - self.step) as u32;
+        let steps_left = u32::try_from(self.total_steps - self.step).unwrap_or(u32::MAX);
+        let remaining = self.recent_times.add(step_time).saturating_mul(steps_left);
         self.console.step(&Figures {
             step: self.step,
             total_steps: self.total_steps,
@@ -297,6 +297,12 @@ fn num_threads(env: &WorkerEnv) -> i32 {
     wanted.unwrap_or((cores / env.local_world_size).max(1) as i32)
 }
 
+/// Whether an export of the job's end counts although the state resumed from is of an earlier `step`: there is no
+/// checkpoint, or none is made of the end (the one there is was made at a stop).
+fn export_alone_counts(config: &JobConfig, step: u64) -> bool {
+    config.checkpoint.resume == config::Resume::Auto && (step == 0 || config.checkpoint.every_steps == 0)
+}
+
 /// Whether something that happens every `every` steps (0 = never) happens after `step`.
 fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
@@ -318,5 +324,30 @@ impl RecentTimes {
         let mut sorted = self.0.clone();
         sorted.sort();
         sorted[sorted.len() / 2]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_export_alone_counts_where_no_checkpoint_is_made_of_the_end() {
+        for (resume, every_steps, step, expected) in [
+            ("auto", 5, 0, true),
+            ("auto", 0, 0, true),
+            ("auto", 0, 7, true),
+            // The end's checkpoint was damaged, or its steps are to be trained again.
+            ("auto", 5, 7, false),
+            ("never", 0, 0, false),
+            ("out/checkpoints/step-00000007", 0, 7, false),
+        ] {
+            let text = format!(
+                "[model]\npath = \"model\"\n[optimizer]\nlr = 1e-3\n[training]\nsteps = 10\nseq_len = 8\n\
+                 [data]\ntrain = [\"a.jsonl\"]\n[checkpoint]\nevery_steps = {every_steps}\nresume = \"{resume}\"\n"
+            );
+            let config = JobConfig::parse("test", &text).unwrap();
+            assert_eq!(export_alone_counts(&config, step), expected, "{resume}, every {every_steps}, step {step}");
+        }
     }
 }

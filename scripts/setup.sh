@@ -13,6 +13,8 @@ die() { say "$*"; exit 1; }
 # shellcheck disable=SC1091
 command -v cargo >/dev/null || { [ -f "$HOME/.cargo/env" ] && . "$HOME/.cargo/env"; }
 command -v cargo >/dev/null || die "cargo is missing: install rustup (https://rustup.rs)"
+rust=$(cargo --version | cut -d' ' -f2)
+[ "$(printf '%s\n' 1.95.0 "$rust" | sort -V | head -1)" = 1.95.0 ] || die "Rust 1.95 or newer is needed, got $rust: rustup update"
 command -v g++ >/dev/null || die "g++ is missing: apt-get install build-essential"
 
 if [ -n "${LIBTORCH:-}" ]; then

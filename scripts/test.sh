@@ -6,6 +6,11 @@ scripts/setup.sh
 # shellcheck disable=SC1091
 command -v cargo >/dev/null || . "$HOME/.cargo/env"
 
+for component in fmt clippy; do
+    cargo "$component" --version >/dev/null 2>&1 ||
+        { echo "cargo $component is missing: rustup component add rustfmt clippy" >&2; exit 1; }
+done
+
 say() { printf '\n== %s\n' "$*"; }
 # One profile for all: libtorch's bindings take minutes to compile.
 say "format";  cargo fmt --all --check

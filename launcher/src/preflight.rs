@@ -62,7 +62,7 @@ pub fn preflight(job: &JobArgs) -> Result<Checked, Failure> {
     if let Some(validation) = &config.validation {
         check_prompts(&config, &arch, &validation.prompts, format)?;
     }
-    facts.push(("output", check_output(&config)?));
+    facts.push(("output", check_output(&config, job.nproc)?));
     Ok(Checked { config, facts })
 }
 
@@ -193,7 +193,7 @@ fn check_prompts(config: &JobConfig, arch: &Architecture, prompts: &[String], fo
 }
 
 /// The output folder can be written, and what it holds goes together with `resume` and the config.
-fn check_output(config: &JobConfig) -> Result<String, Failure> {
+fn check_output(config: &JobConfig, num_ranks: usize) -> Result<String, Failure> {
     let dir = &config.output.dir;
     let absolute = std::path::absolute(dir).map_err(Failure::bad_input)?;
     let existing = absolute.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
@@ -227,7 +227,7 @@ fn check_output(config: &JobConfig) -> Result<String, Failure> {
                 path.display()
             )));
         }
-        (Resume::Auto, Some((_, path))) => check_saved_config(path, config)?,
+        (Resume::Auto, Some((_, path))) => check_saved_config(path, config, num_ranks)?,
         (Resume::Path(path), _) => {
             if !path.join("manifest.json").is_file() {
                 return Err(Failure::bad_input(format!(
@@ -236,7 +236,7 @@ fn check_output(config: &JobConfig) -> Result<String, Failure> {
                     path.display()
                 )));
             }
-            check_saved_config(path, config)?;
+            check_saved_config(path, config, num_ranks)?;
         }
         (Resume::Auto | Resume::Never, None) => {}
     }
@@ -248,10 +248,17 @@ fn check_output(config: &JobConfig) -> Result<String, Failure> {
 
 /// Refuses a config that does not continue the checkpoint's. A manifest that cannot be read is the workers' affair: they
 /// validate checkpoints in full and may fall back to an older one.
-fn check_saved_config(checkpoint: &Path, config: &JobConfig) -> Result<(), Failure> {
+fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_ranks: usize) -> Result<(), Failure> {
     let Ok(text) = std::fs::read(checkpoint.join("manifest.json")) else { return Ok(()) };
     let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { return Ok(()) };
     let origin = format!("{} (saved config)", checkpoint.display());
+    if manifest.world_size != num_ranks {
+        return Err(Failure::bad_input(format!(
+            "cannot continue {}: expected {} ranks, which saved it, got {num_ranks}; another number of ranks is not built yet",
+            checkpoint.display(),
+            manifest.world_size
+        )));
+    }
     let saved = JobConfig::parse(&origin, &manifest.meta.config).map_err(Failure::bad_input)?;
     compatible_for_resume(&saved, config).map_err(|differences| {
         let lines: Vec<String> = differences.iter().map(ToString::to_string).collect();

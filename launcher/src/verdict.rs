@@ -95,8 +95,7 @@ fn report(failure: &RankFailure) -> Vec<String> {
     match &failure.record {
         Some(record) => {
             let what = if record.kind == ErrorKind::Panic { "panicked" } else { "failed" };
-            let hint = record.hint.as_ref().map_or_else(String::new, |hint| format!("; {hint}"));
-            lines.push(format!("{who} {what} {when}: {}{hint}", record.message));
+            lines.push(format!("{who} {what} {when}: {}", record.message));
             lines.extend(record.unit.iter().map(|unit| format!("  in unit {unit}")));
             lines.extend(record.causes.iter().map(|cause| format!("  caused by: {cause}")));
         }
@@ -141,11 +140,7 @@ mod tests {
     use crate::supervise::AbsentRank;
 
     fn failure(rank: usize, end: End, kind: Option<ErrorKind>) -> RankFailure {
-        let record = kind.map(|kind| {
-            let mut record = ErrorRecord::new(rank, rank, kind, "message".to_owned(), ExitStatus::Failed);
-            record.hint = Some("hint".to_owned());
-            record
-        });
+        let record = kind.map(|kind| ErrorRecord::new(rank, rank, kind, "message".to_owned(), ExitStatus::Failed));
         let (host, pid) = ("h".to_owned(), 100 + rank as i32);
         RankFailure { rank, host, pid, end, step: 7, record, last_lines: vec![], absent: vec![] }
     }
@@ -210,7 +205,7 @@ mod tests {
         assert_eq!(
             verdict(&history, Some(Path::new(CHECKPOINT)), true).1,
             [
-                "fsdp-launch: rank 1 (host h, pid 101) failed at step 7: message; hint",
+                "fsdp-launch: rank 1 (host h, pid 101) failed at step 7: message",
                 "  caused by: disk full",
                 "  the last lines of rank 1:",
                 "  | one",

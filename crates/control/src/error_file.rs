@@ -67,8 +67,6 @@ pub struct ErrorRecord {
     pub causes: Vec<String>,
     /// Unit at work, if one was.
     pub unit: Option<String>,
-    /// What to do about it.
-    pub hint: Option<String>,
     /// Status that the rank exits with.
     pub exit_status: i32,
 }
@@ -90,7 +88,6 @@ impl ErrorRecord {
             message,
             causes: Vec::new(),
             unit: None,
-            hint: None,
             exit_status: exit_status.code(),
         }
     }

@@ -78,10 +78,22 @@ impl TrainError {
         }
     }
 
+    /// The unit at work, where the message does not say it.
+    fn unit(&self) -> Option<String> {
+        match self {
+            TrainError::Comm(e) | TrainError::Engine(EngineError::Comm(e)) => e
+                .call()
+                .map(|call| call.unit.clone())
+                .filter(|unit| !unit.is_empty() && !self.to_string().contains(unit)),
+            _ => None,
+        }
+    }
+
     /// What the launcher reads.
     pub fn record(&self, env: &WorkerEnv) -> ErrorRecord {
         let mut record = ErrorRecord::new(env.rank, env.local_rank, self.kind(), self.to_string(), self.exit_status());
         record.step = STEP.load(Ordering::Relaxed);
+        record.unit = self.unit();
         let mut source = std::error::Error::source(self);
         while let Some(cause) = source {
             // Most messages have their cause in them already, and libtorch's go on with a C++ stack.

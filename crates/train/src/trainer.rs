@@ -133,6 +133,12 @@ impl Trainer {
             tracing::info!("nothing to do: all {} steps are done and exported", self.total_steps);
             return Ok(Outcome::Done);
         }
+        if self.step > self.total_steps {
+            return Err(TrainError::BadInput(format!(
+                "[training] steps: expected at least the {} that are done, got {}; the checkpoint is of a longer run",
+                self.step, self.total_steps
+            )));
+        }
         // All ranks have looked before rank 0 removes it.
         self.engine.process_group().barrier()?;
         if self.rank == 0 {
@@ -147,14 +153,14 @@ impl Trainer {
         while self.step < self.total_steps {
             let stop = self.train_step()?;
             let is_last = self.step == self.total_steps;
+            let validates = is_due(self.step, self.config.validation.as_ref().map_or(0, |v| v.every_steps)) || is_last;
+            // Who asks to stop does not wait for a validation.
+            let stop = stop || (validates && !self.validate()?);
             if stop && !is_last {
-                // At once: who asks to stop does not wait for a validation.
                 self.save()?;
-                tracing::info!("stopped after step {}; the same command goes on from here", self.step);
+                let signal = self.stop.signal_name().map_or_else(String::new, |name| format!(" by {name}"));
+                tracing::info!("stopped{signal} after step {}; the same command goes on from here", self.step);
                 return Ok(Outcome::Stopped);
-            }
-            if is_due(self.step, self.config.validation.as_ref().map_or(0, |v| v.every_steps)) || is_last {
-                self.validate()?;
             }
             let every_steps = self.config.checkpoint.every_steps;
             if is_due(self.step, every_steps) || (is_last && every_steps > 0) {
@@ -241,21 +247,23 @@ impl Trainer {
         Ok(())
     }
 
-    fn validate(&mut self) -> Result<(), TrainError> {
-        if let Some((val_loss, val_tokens)) = self.validator.loss(&mut self.engine)? {
+    /// Validation loss and answers; `false` if a rank was asked to stop meanwhile, and the rest was left out.
+    fn validate(&mut self) -> Result<bool, TrainError> {
+        let Some(loss) = self.validator.loss(&mut self.engine, &self.stop)? else { return Ok(false) };
+        if let Some((val_loss, val_tokens)) = loss {
             tracing::info!("validate step: {}  loss: {val_loss:7.4}  tokens: {val_tokens}", self.step);
             if let Some(metrics) = &mut self.metrics {
                 metrics.write(&ValidationLine { step: self.step, val_loss, val_tokens })?;
             }
         }
-        let answers = self.validator.answers(&mut self.engine, self.step)?;
+        let Some(answers) = self.validator.answers(&mut self.engine, self.step, &self.stop)? else { return Ok(false) };
         if let Some(file) = &mut self.answers {
             for answer in &answers {
                 tracing::info!("{:?} -> {:?}", answer.prompt, answer.answer);
                 file.write(answer)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn save(&mut self) -> Result<(), TrainError> {

@@ -2,6 +2,7 @@
 
 use fsdp::{Engine, MicroBatch};
 use fsdp_config::JobConfig;
+use fsdp_control::stop::StopFlag;
 use fsdp_data::{DataSpec, Dataset, Format, IGNORED, Loader, TextTokenizer};
 use serde::Serialize;
 use tch::Tensor;
@@ -75,9 +76,11 @@ impl Validator {
         !self.prompts.is_empty()
     }
 
-    /// Mean loss over all valid tokens of the validation data, and their number; `None` without data. Collective.
-    pub fn loss(&mut self, engine: &mut Engine) -> Result<Option<(f64, u64)>, TrainError> {
-        let Some(loader) = &mut self.loader else { return Ok(None) };
+    /// Mean loss over all valid tokens of the validation data, and their number; inner `None` without data, outer if a
+    /// rank was asked to stop. Collective.
+    pub fn loss(&mut self, engine: &mut Engine, stop: &StopFlag) -> Result<Option<Option<(f64, u64)>>, TrainError> {
+        let Some(loader) = &mut self.loader else { return Ok(Some(None)) };
+        let start = loader.position();
         let (mut loss_sum, mut num_tokens) = (0.0, 0);
         for _ in 0..loader.steps_per_epoch() {
             for batch in loader.next_step()? {
@@ -86,16 +89,20 @@ impl Validator {
                 loss_sum += sum;
                 num_tokens += tokens;
             }
+            if any_rank(engine, stop.is_set())? {
+                loader.seek(start)?;
+                return Ok(None);
+            }
         }
         if num_tokens == 0 {
             return Err(TrainError::BadInput("[validation] data: no token has a label, there is no loss".to_string()));
         }
-        Ok(Some((loss_sum / num_tokens as f64, num_tokens)))
+        Ok(Some(Some((loss_sum / num_tokens as f64, num_tokens))))
     }
 
-    /// Greedy answers to all prompts, in order, on every rank. Collective.
-    pub fn answers(&self, engine: &mut Engine, step: u64) -> Result<Vec<Answer>, TrainError> {
-        let Some(tokenizer) = &self.tokenizer else { return Ok(vec![]) };
+    /// Greedy answers to all prompts, in order, on every rank; `None` if a rank was asked to stop. Collective.
+    pub fn answers(&self, engine: &mut Engine, step: u64, stop: &StopFlag) -> Result<Option<Vec<Answer>>, TrainError> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(Some(vec![])) };
         let mut answers = Vec::new();
         // A round answers one microbatch of prompts on each rank; a rank without any runs along on dummies.
         for round in self.prompts.chunks(self.micro_batch_size * self.world_size) {
@@ -112,6 +119,9 @@ impl Validator {
                         is_busy = true;
                     }
                 }
+                if any_rank(engine, stop.is_set())? {
+                    return Ok(None);
+                }
                 if !any_rank(engine, is_busy)? {
                     break;
                 }
@@ -122,7 +132,7 @@ impl Validator {
                 answers.push(Answer { step, prompt: prompt.clone(), answer: tokenizer.decode(&ids)? });
             }
         }
-        Ok(answers)
+        Ok(Some(answers))
     }
 
     /// One more token for each of this rank's sequences (at most a microbatch).

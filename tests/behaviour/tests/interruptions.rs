@@ -85,6 +85,23 @@ fn signals_to_the_launcher_have_the_step_finished_and_saved() {
 }
 
 #[test]
+fn a_stop_does_not_wait_for_the_end_of_a_validation() {
+    let job = Job::new();
+    let line = job.read("train.jsonl").lines().next().unwrap().to_owned() + "\n";
+    // Far longer than the test.
+    job.write("valid.jsonl", line.repeat(2_000_000));
+    let settings = ["--set", "validation.data=[\"valid.jsonl\"]", "--set", "validation.every_steps=3"];
+    let mut running = job.start(2, &[LONG, &settings].concat());
+    running.wait_for_step(3);
+    std::thread::sleep(Duration::from_millis(300));
+    running.send(Signal::TERM);
+    let ended = running.wait();
+    assert_eq!(ended.status, 75, "{ended:?}");
+    assert_eq!(job.checkpoints(), ["step-00000003"]);
+    assert_eq!(job.steps().len(), 3);
+}
+
+#[test]
 fn no_rank_outlives_a_killed_launcher() {
     let job = Job::new();
     for _ in 0..3 {
@@ -185,6 +202,14 @@ fn what_does_not_continue_a_checkpoint_is_refused_with_both_values() {
         let ended = job.run(2, &[&every, args].concat());
         assert_eq!(ended.status, 2, "{args:?}: {ended:?}");
         assert!(says.iter().all(|part| ended.stderr.contains(part)), "{args:?}: {ended:?}");
+        assert_eq!(job.steps().len(), 20, "{args:?} leaves the run alone");
+    }
+    for (nproc, args, says) in [
+        (3, &every[..], "expected 2 ranks, which saved it, got 3"),
+        (2, &[&every, &["--set", "training.steps=15"][..]].concat(), "expected at least the 20 that are done, got 15"),
+    ] {
+        let ended = job.run(nproc, args);
+        assert!(ended.status == 2 && ended.stderr.contains(says), "{args:?}: {ended:?}");
         assert_eq!(job.steps().len(), 20, "{args:?} leaves the run alone");
     }
     // The data is another.

@@ -9,25 +9,30 @@ pub fn fill(seed: u64, name: &str, init: Init, start: usize, out: &mut [f32]) {
         Init::Ones => out.fill(1.0),
         Init::Normal { std } => {
             let key = name.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
-            let mut pair = (f64::NAN, f64::NAN);
+            let mut pair = (f32::NAN, f32::NAN);
             for (i, value) in out.iter_mut().enumerate() {
                 let index = start + i;
                 let is_first = index.is_multiple_of(2);
                 if i == 0 || is_first {
                     pair = normal_pair(key, index as u64 / 2);
                 }
-                *value = (std * if is_first { pair.0 } else { pair.1 }) as f32;
+                *value = std as f32 * if is_first { pair.0 } else { pair.1 };
             }
         }
     }
 }
 
-/// Two independent standard normal numbers by the Box-Muller transform of two uniform ones.
-fn normal_pair(key: u64, index: u64) -> (f64, f64) {
-    let uniform = |salt: u64| (mix(key ^ mix(2 * index + salt)) >> 11) as f64 / (1u64 << 53) as f64;
-    let radius = (-2.0 * (1.0 - uniform(0)).ln()).sqrt();
-    let (sin, cos) = (std::f64::consts::TAU * uniform(1)).sin_cos();
+/// Two independent standard normal numbers by the Box-Muller transform of two uniform ones, the halves of one hash.
+fn normal_pair(key: u64, index: u64) -> (f32, f32) {
+    let bits = mix(key ^ mix(index));
+    let radius = (-2.0 * uniform(bits >> 32).ln()).sqrt();
+    let (sin, cos) = (std::f32::consts::TAU * uniform(bits & 0xFFFF_FFFF)).sin_cos();
     (radius * cos, radius * sin)
+}
+
+/// 32 random bits -> a number above 0, at most 1.
+fn uniform(bits: u64) -> f32 {
+    (bits + 1) as f32 * (1.0 / (1u64 << 32) as f32)
 }
 
 /// The output function of SplitMix64 (Steele, Lea, Flood 2014): a bijection that scatters neighbouring inputs.

@@ -21,7 +21,9 @@ fn main() {
         .files([
             "cpp/accelerator.cpp",
             "cpp/attention.cpp",
+            "cpp/attention_cuda.cpp",
             "cpp/autograd.cpp",
+            "cpp/cuda.cpp",
             "cpp/error.cpp",
             "cpp/kernels_attention.cpp",
             "cpp/kernels_loss.cpp",
@@ -31,6 +33,8 @@ fn main() {
             "cpp/kernels_sum.cpp",
             "cpp/malloc.cpp",
             "cpp/optimizer.cpp",
+            "cpp/pinned.cpp",
+            "cpp/plain.cpp",
             "cpp/rows_dispatch.cpp",
             "cpp/stream.cpp",
         ])

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use fsdp_config::{Duration as Length, JobConfig};
 use fsdp_control::env::WorkerEnv;
 use fsdp_control::error_file::{self, ErrorKind, ErrorRecord};
+use fsdp_control::lifeline::StoreLifeline;
 use fsdp_control::progress::{Op, Progress, ProgressHandle};
 use fsdp_control::stop::StopFlag;
 use fsdp_control::store::Store;
@@ -22,7 +23,10 @@ struct Worker {
     env: WorkerEnv,
     config: JobConfig,
     store: Store,
-    progress: ProgressHandle,
+    /// Where a launcher started this rank itself.
+    progress: Option<ProgressHandle>,
+    /// Elsewhere.
+    lifeline: Option<StoreLifeline>,
     stop: StopFlag,
     step: u64,
     /// Process ids of all ranks.
@@ -33,15 +37,32 @@ fn main() {
     let stop = StopFlag::install().unwrap();
     let config_path = PathBuf::from(std::env::args_os().nth(1).unwrap());
     let env = WorkerEnv::from_env().unwrap();
-    lifeline::watch(env.lifeline_fd.unwrap()).unwrap();
-    let progress = Progress::attach(env.progress_fd.unwrap(), env.local_rank).unwrap();
+    if let Some(fd) = env.lifeline_fd {
+        lifeline::watch(fd).unwrap();
+    }
+    let progress = env.progress_fd.map(|fd| Progress::attach(fd, env.local_rank).unwrap());
     let config = JobConfig::from_resolved(&config_path).unwrap();
     note_start(&config.output.dir, &env);
-    let store = Store::connect((&env.master_addr, env.master_port), Duration::from_secs(10)).unwrap();
-    let mut worker = Worker { env, config, store, progress, stop, step: 0, peers: Vec::new() };
+    let (addr, wait) = ((env.master_addr.as_str(), env.master_port), Duration::from_secs(10));
+    let store = Store::connect(addr, wait).unwrap();
+    let lifeline = env.lifeline_fd.is_none().then(|| {
+        let will = ErrorRecord::new(
+            env.rank,
+            env.local_rank,
+            ErrorKind::Signal,
+            "ended without a word".to_owned(),
+            ExitStatus::Failed,
+        );
+        lifeline::watch_store(addr, wait, Duration::from_secs(5), &will, |_| ExitStatus::Failed).unwrap()
+    });
+    let mut worker = Worker { env, config, store, progress, lifeline, stop, step: 0, peers: Vec::new() };
     worker.act_as_scripted();
     worker.find_peers();
-    worker.train();
+    let status = worker.train();
+    if let Some(lifeline) = worker.lifeline.take() {
+        lifeline.let_go();
+    }
+    exit(status.code());
 }
 
 /// What the tests look at: that this rank ran, and with which environment.
@@ -61,12 +82,14 @@ impl Worker {
         }
     }
 
-    fn train(&mut self) {
+    fn train(&mut self) -> ExitStatus {
         let Length::Steps(num_steps) = self.config.training.duration else { panic!("the tests use steps") };
         let every = self.config.checkpoint.every_steps;
         while self.step < num_steps {
             self.step += 1;
-            self.progress.set_step(self.step);
+            if let Some(progress) = &self.progress {
+                progress.set_step(self.step);
+            }
             self.act_as_scripted();
             std::thread::sleep(Duration::from_millis(5));
             let stops = self.meet("step", i64::from(self.stop.is_set()));
@@ -74,9 +97,10 @@ impl Worker {
                 self.save();
             }
             if stops > 0 {
-                exit(ExitStatus::Stopped.code());
+                return ExitStatus::Stopped;
             }
         }
+        ExitStatus::Done
     }
 
     /// Does what the script has for this rank and step.
@@ -122,14 +146,16 @@ impl Worker {
     /// them is gone, or stays away for too long.
     fn meet(&mut self, what: &str, value: i64) -> i64 {
         let (sum, arrived) = (format!("{what}-{}-sum", self.step), format!("{what}-{}-arrived", self.step));
-        self.progress.enter(Op::AllReduce, self.step, "layers.0");
-        self.store.add(&sum, value).unwrap();
-        self.store.add(&arrived, 1).unwrap();
+        if let Some(progress) = &self.progress {
+            progress.enter(Op::AllReduce, self.step, "layers.0");
+        }
+        self.add(&sum, value);
+        self.add(&arrived, 1);
         let start = Instant::now();
-        while self.store.add(&arrived, 0).unwrap() < self.env.world_size as i64 {
+        while self.add(&arrived, 0) < self.env.world_size as i64 {
             if let Some(lost) = self.peers.iter().position(|&pid| !is_alive(pid)) {
                 // The last one to arrive may have gone on and ended meanwhile.
-                if self.store.add(&arrived, 0).unwrap() < self.env.world_size as i64 {
+                if self.add(&arrived, 0) < self.env.world_size as i64 {
                     self.fail(ErrorKind::PeerLost, &format!("rank {lost} is gone"), 1);
                 }
             }
@@ -138,8 +164,18 @@ impl Worker {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.progress.leave();
-        self.store.add(&sum, 0).unwrap()
+        if let Some(progress) = &self.progress {
+            progress.leave();
+        }
+        self.add(&sum, 0)
+    }
+
+    /// Adds to a number in the store, which goes when its launcher does.
+    fn add(&mut self, key: &str, delta: i64) -> i64 {
+        match self.store.add(key, delta) {
+            Ok(sum) => sum,
+            Err(error) => self.fail(ErrorKind::PeerLost, &error.to_string(), 1),
+        }
     }
 
     /// Commits a checkpoint by a rename, once all ranks have their part in it, as the real one does.

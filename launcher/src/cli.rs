@@ -26,11 +26,11 @@ pub enum Command {
 }
 
 /// A job: what all commands have in common.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct JobArgs {
     /// The job's TOML file
     pub config: PathBuf,
-    /// Ranks on this machine: a number, or "auto" for one per GPU (1 without GPUs)
+    /// Ranks on this machine: a number, or "auto" for one per GPU that CUDA_VISIBLE_DEVICES leaves (1 without GPUs)
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse_nproc)]
     #[arg(alias = "nproc-per-node")]
     pub nproc: usize,
@@ -48,24 +48,27 @@ pub struct JobArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub job: JobArgs,
-    /// Machines of the run
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub nnodes: u32,
-    /// This machine among them, from 0
-    #[arg(long, value_name = "R", default_value_t = 0)]
-    pub node_rank: u32,
-    /// Address at which ranks find each other
-    #[arg(long, value_name = "A", default_value = "127.0.0.1")]
-    pub master_addr: String,
-    /// Port at which ranks find each other; 0 picks a free one
-    #[arg(long, value_name = "P", default_value_t = 0)]
-    pub master_port: u16,
+    /// Machines of the run; start fsdp-launch on each of them [default: those of the srun step, else 1]
+    #[arg(long, value_name = "N", value_parser = parse_nnodes)]
+    pub nnodes: Option<usize>,
+    /// This machine among them, from 0 [default: that of the srun task, else 0]
+    #[arg(long, value_name = "R")]
+    pub node_rank: Option<usize>,
+    /// Address of node 0, at which launchers and ranks find each other [default: 127.0.0.1 for one machine]
+    #[arg(long, value_name = "A")]
+    pub master_addr: Option<String>,
+    /// Port at that address [default: a free one for one machine, 29500 for several, under srun 20000 to 29999 by job]
+    #[arg(long, value_name = "P")]
+    pub master_port: Option<u16>,
 }
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     #[command(flatten)]
     pub job: JobArgs,
+    /// Machines of the run, with so many ranks each
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_nnodes)]
+    pub nnodes: usize,
     /// Memory of one device, such as 80GiB: says whether the job fits
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub device_memory: Option<u64>,
@@ -101,8 +104,18 @@ pub fn with_dashes(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     args.map(dashed).collect()
 }
 
+/// Most machines of a run, and most ranks on one of them.
+const MAX_NODES: usize = 4096;
+const MAX_RANKS: usize = 1024;
+
+fn parse_nnodes(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(num @ 1..=MAX_NODES) => Ok(num),
+        _ => Err(format!("expected a number of machines from 1 to {MAX_NODES}")),
+    }
+}
+
 fn parse_nproc(text: &str) -> Result<usize, String> {
-    const MAX_RANKS: usize = 1024;
     match text.parse() {
         _ if text == "auto" => Ok(machine::num_gpus().max(1)),
         Ok(num @ 1..=MAX_RANKS) => Ok(num),
@@ -154,7 +167,7 @@ mod tests {
             "fsdp-launch --nproc 3 --master-port 4 --set training.max_grad_norm=1 -- a_b.toml",
         ] {
             let args = parse(line).unwrap().run.unwrap();
-            assert_eq!((args.job.nproc, args.master_port), (3, 4), "{line}");
+            assert_eq!((args.job.nproc, args.master_port), (3, Some(4)), "{line}");
             assert_eq!(args.job.sets, ["training.max_grad_norm=1"], "{line}");
             assert_eq!(args.job.config, PathBuf::from("a_b.toml"), "{line}");
         }

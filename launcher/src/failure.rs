@@ -18,6 +18,11 @@ impl Failure {
         Self { status: ExitStatus::BadInput, message: message.to_string() }
     }
 
+    /// Somebody asked for it.
+    pub fn stopped(message: impl Display) -> Self {
+        Self { status: ExitStatus::Stopped, message: message.to_string() }
+    }
+
     /// The machine or this program is at fault.
     pub fn failed(message: impl Display) -> Self {
         Self { status: ExitStatus::Failed, message: message.to_string() }

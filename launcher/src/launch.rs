@@ -1,26 +1,34 @@
-//! A run: lock, resolved config, store, ranks, and what became of them.
+//! A run: from what was typed to the ranks, and what became of them.
 
-use std::fs::File;
-use std::io::{IsTerminal, Read, Seek, Write};
-use std::path::{Path, PathBuf};
+use std::io::IsTerminal;
+use std::net::{TcpListener, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use fsdp_checkpoint::sharded;
-use fsdp_config::{JobConfig, Resume};
-use fsdp_control::env::WorkerEnv;
+use fsdp_config::{Backend, Resume, Strategy};
+use fsdp_control::env::{StartedBy, WorkerEnv, prepared_vars};
 use fsdp_control::lifeline::{self, Lifeline};
+use fsdp_control::lock::Lock;
 use fsdp_control::progress::Progress;
 use fsdp_control::store::StoreServer;
-use fsdp_control::{ControlError, ExitStatus, host_name};
-use rustix::fs::FlockOperation;
+use fsdp_control::{ControlError, ExitStatus, error_file, host_name};
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, Signal};
 
-use crate::cli::RunArgs;
+use crate::cli::{JobArgs, RunArgs};
 use crate::failure::Failure;
+use crate::folder;
+use crate::link::{Farewell, Hello, Message};
+use crate::mpirun::{self, MpirunStart};
+use crate::nodes::{self, Nodes};
+use crate::place::Place;
+use crate::preflight::{Checked, preflight};
 use crate::rank::{RankProcess, RankStart};
 use crate::signals::{Arrived, Signals};
 use crate::supervise::Supervisor;
-use crate::{preflight, processes, verdict};
+use crate::{machine, processes, verdict};
 
 /// The worker's binary, beside the launcher's own.
 const WORKER: &str = "fsdp-train";
@@ -31,86 +39,266 @@ const ORPHAN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the terminal has to take the report.
 const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long a node that has a reason not to start tries to tell the head.
+const REFUSAL_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Runs the job to its end.
 pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
-    refuse_more_machines(args)?;
-    let checked = preflight::preflight(&args.job)?;
+    let place = Place::find(args)?;
     // From here on a signal does not end the launcher: it ends the run.
     let mut signals = Signals::install().map_err(|e| Failure::failed(format!("cannot take over signals: {e}")))?;
+    let checked = preflight_until_signal(&args.job, place.num_nodes, &mut signals);
+    let (mut nodes, ranks, checked) = meet(&place, args.job.nproc, checked, &mut signals)?;
+    let result = run(&place, &ranks, &checked, &mut nodes, &mut signals);
+    if let Err(failure) = &result {
+        nodes.give_up(&format!("node {} (host {})", place.node_rank, host_name()), failure);
+    }
+    result
+}
+
+/// The ranks of this node among all.
+#[derive(Debug)]
+struct LocalRanks {
+    first_rank: usize,
+    num_local: usize,
+    world_size: usize,
+}
+
+/// Checks the job on a thread of its own, because it may take long, and a signal is to end it at once.
+///
+/// # Errors
+/// Something is wrong with the job, or a signal.
+fn preflight_until_signal(job: &JobArgs, num_nodes: usize, signals: &mut Signals) -> Result<Checked, Failure> {
+    let failed = |error: std::io::Error| Failure::failed(format!("cannot run the checks: {error}"));
+    let (here, there) = UnixStream::pair().map_err(failed)?;
+    let job = job.clone();
+    let check = move || {
+        // Dropping it makes the other end readable.
+        let _there = there;
+        preflight(&job, num_nodes)
+    };
+    // Where a signal comes first, the thread ends with the process: it reads files and holds nothing.
+    let checks = std::thread::Builder::new().name("preflight".to_owned()).spawn(check).map_err(failed)?;
+    loop {
+        let mut fds = vec![PollFd::new(&here, PollFlags::IN)];
+        fds.extend(signals.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+        let is_done = !fds[0].revents().is_empty();
+        if signals.take() != Arrived::Nothing {
+            return Err(nodes::stopped_early());
+        }
+        if is_done {
+            return checks.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    }
+}
+
+/// Comes together with the other nodes' launchers, if there are any.
+///
+/// # Errors
+/// The job is wrong here or elsewhere, nodes do not come or differ, or a signal. All launchers have been told.
+fn meet(
+    place: &Place,
+    num_local: usize,
+    checked: Result<Checked, Failure>,
+    signals: &mut Signals,
+) -> Result<(Nodes, LocalRanks, Checked), Failure> {
+    if place.num_nodes == 1 {
+        let checked = checked?;
+        let num_machines = if checked.config.fsdp.backend == Backend::Mpi { place.num_machines } else { 1 };
+        let world_size = num_local * num_machines;
+        checked.check_ranks(world_size, num_local)?;
+        return Ok((Nodes::alone(), LocalRanks { first_rank: 0, num_local, world_size }, checked));
+    }
+    let hello = Hello {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        num_nodes: place.num_nodes,
+        node_rank: place.node_rank,
+        host: host_name(),
+        machine: machine::identity(),
+        num_ranks: num_local,
+        job: match &checked {
+            Ok(checked) => Ok(checked.config.to_toml()),
+            Err(failure) => Err(Farewell::new(failure.status, vec![failure.message.clone()])),
+        },
+    };
+    let patience = checked.as_ref().map_or(REFUSAL_PATIENCE, |c| Duration::from_secs(c.config.fsdp.timeout_secs));
+    if !place.is_head() {
+        let joined = nodes::join(place, hello, patience, signals);
+        // What is wrong here is more to the point than what the head makes of it, or that it was not there.
+        let checked = checked?;
+        let (nodes, first_rank, world_size) = joined?;
+        return Ok((nodes, LocalRanks { first_rank, num_local, world_size }, checked));
+    }
+    let (mut nodes, hellos) = nodes::gather(listen(place)?, &hello, patience, signals)?;
+    let checked = checked?;
+    let world_size = num_local + hellos.iter().map(|hello| hello.num_ranks).sum::<usize>();
+    let fits = checked.check_ranks(world_size, num_local).and_then(|()| check_nodes(&checked, &hello, &hellos));
+    if let Err(failure) = fits {
+        nodes.dismiss(&Message::Verdict(Farewell::new(failure.status, vec![failure.message.clone()])));
+        return Err(failure);
+    }
+    Ok((nodes, LocalRanks { first_rank: 0, num_local, world_size }, checked))
+}
+
+/// Checks what depends on which nodes came.
+fn check_nodes(checked: &Checked, head: &Hello, others: &[Hello]) -> Result<(), Failure> {
+    let fsdp = &checked.config.fsdp;
+    if fsdp.backend == Backend::Shm
+        && let Some(other) = others.iter().find(|other| other.machine != head.machine)
+    {
+        return Err(Failure::bad_input(format!(
+            "[fsdp] backend: expected \"nccl\" for nodes on several machines, got \"shm\", which is for one (node 0 is host \
+             {}, node {} is host {}); change it, or use one machine",
+            head.host, other.node_rank, other.host
+        )));
+    }
+    if fsdp.strategy == Strategy::HybridShard
+        && fsdp.shard_size.is_none()
+        && let Some(other) = others.iter().find(|other| other.num_ranks != head.num_ranks)
+    {
+        return Err(Failure::bad_input(format!(
+            "[fsdp] shard_size: expected as many ranks on all nodes where it is not set, got {} on node 0 (host {}) and {} \
+             on node {} (host {}); set it, or give all nodes the same --nproc",
+            head.num_ranks, head.host, other.num_ranks, other.node_rank, other.host
+        )));
+    }
+    Ok(())
+}
+
+/// Listens on the master port of all interfaces.
+fn listen(place: &Place) -> Result<TcpListener, Failure> {
+    let host = all_interfaces(place)?;
+    TcpListener::bind((host, place.master_port)).map_err(|error| {
+        let hint = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "another process uses it; choose another --master-port on all machines",
+            _ => "choose another --master-port on all machines",
+        };
+        Failure::bad_input(format!("cannot listen on port {}: {error}; {hint}", place.master_port))
+    })
+}
+
+/// The address that stands for all interfaces, of the kind that the master address has.
+fn all_interfaces(place: &Place) -> Result<&'static str, Failure> {
+    let mut addrs = (place.master_addr.as_str(), place.master_port).to_socket_addrs().map_err(|error| {
+        Failure::bad_input(format!(
+            "--master-addr: expected a name or address of this machine, got {:?}: {error}",
+            place.master_addr
+        ))
+    })?;
+    Ok(if addrs.any(|addr| addr.is_ipv4()) { "0.0.0.0" } else { "::" })
+}
+
+/// Starts the ranks of this node and stays with them to their end.
+fn run(
+    place: &Place,
+    ranks: &LocalRanks,
+    checked: &Checked,
+    nodes: &mut Nodes,
+    signals: &mut Signals,
+) -> Result<ExitStatus, Failure> {
     let worker = worker_binary()?;
+    let is_on_one_machine = place.num_nodes == 1 && ranks.num_local == ranks.world_size;
     let dir = &checked.config.output.dir;
     let log_dir = dir.join("logs");
-    create_dir(&log_dir)?;
-    let _lock = Lock::take(dir)?;
-    let config_path = dir.join("config.toml");
-    write_resolved(&checked.config, &config_path)?;
-    remove_old_records(&log_dir)?;
+    folder::create_dir(&log_dir)?;
+    // The folder may be one for all nodes: the head's launcher alone locks it and owns what has no node in its name.
+    let (config_path, _lock) = match place.node_rank {
+        0 => {
+            let lock = Lock::take(dir, "fsdp-launch").map_err(Failure::bad_input)?;
+            error_file::remove_all(&log_dir).map_err(Failure::bad_input)?;
+            (dir.join("config.toml"), Some(lock))
+        }
+        node_rank => (dir.join(format!("config.node-{node_rank}.toml")), None),
+    };
+    folder::write_resolved(&checked.config, &config_path)?;
+    let store = if place.is_head() { Some(serve_store(place, is_on_one_machine)?) } else { None };
+    let master_port = store.as_ref().map_or(place.master_port, |store| store.local_addr().port());
 
-    let store = StoreServer::bind((&args.master_addr, args.master_port)).map_err(|error| match error {
-        ControlError::PortInUse { .. } | ControlError::StoreBind { .. } => Failure::bad_input(error),
-        _ => Failure::failed(error),
-    })?;
     let spare = processes::children();
     lifeline::become_subreaper().map_err(Failure::failed)?;
     let lifeline = Lifeline::new().map_err(Failure::failed)?;
-    let progress = Progress::create(args.job.nproc).map_err(Failure::failed)?;
+    let progress = Progress::create(ranks.num_local).map_err(Failure::failed)?;
     let inherit = [lifeline.inherit_fd(), progress.inherit_fd()];
     if signals.take() != Arrived::Nothing {
-        crate::say("fsdp-launch: stopped before the ranks started; run the same command again");
-        return Ok(ExitStatus::Stopped);
+        return Err(nodes::stopped_early());
     }
-    let ranks = start_ranks(args.job.nproc, &spare, |rank| RankStart {
-        program: &worker,
-        config: &config_path,
-        env: WorkerEnv {
-            rank,
-            local_rank: rank,
-            world_size: args.job.nproc,
-            local_world_size: args.job.nproc,
-            group_rank: 0,
-            master_addr: args.master_addr.clone(),
-            master_port: store.local_addr().port(),
-            lifeline_fd: Some(lifeline.inherit_fd()),
-            progress_fd: Some(progress.inherit_fd()),
-            terminal_width: terminal_width(),
-        },
-        inherit: &inherit,
-        log_dir: &log_dir,
-    })?;
+    nodes.start_all();
+    let started = if let Some(mpirun) = &checked.mpirun {
+        let mpi_master_addr = if is_on_one_machine { place.master_addr.clone() } else { host_name() };
+        let start = MpirunStart {
+            mpirun,
+            worker: &worker,
+            config: &config_path,
+            log_dir: &log_dir,
+            vars: &prepared_vars(&mpi_master_addr, master_port, terminal_width()),
+            num_ranks: ranks.world_size,
+            num_local_ranks: ranks.num_local,
+            store: store.as_ref().expect("mpirun is the only node's").local_addr(),
+        };
+        vec![RankProcess::start_mpirun(&start).map_err(|e| Failure::failed(format!("cannot start mpirun: {e}")))?]
+    } else {
+        start_ranks(ranks.num_local, &spare, |local_rank| RankStart {
+            program: &worker,
+            config: &config_path,
+            env: WorkerEnv {
+                started_by: StartedBy::Launcher,
+                run_id: None,
+                rank: ranks.first_rank + local_rank,
+                local_rank,
+                world_size: ranks.world_size,
+                local_world_size: ranks.num_local,
+                group_rank: place.node_rank,
+                master_addr: place.master_addr.clone(),
+                master_port,
+                lifeline_fd: Some(lifeline.inherit_fd()),
+                progress_fd: Some(progress.inherit_fd()),
+                terminal_width: terminal_width(),
+            },
+            inherit: &inherit,
+            log_dir: &log_dir,
+        })?
+    };
 
-    let mut supervisor = Supervisor::new(ranks, &progress, &log_dir, signals);
-    let history = supervisor.run()?;
+    let mut supervisor = Supervisor::new(started, &progress, &log_dir, signals, nodes);
+    supervisor.run()?;
     drop(lifeline);
     processes::end_orphans(&spare, ORPHAN_PATIENCE);
+    if checked.mpirun.is_some() {
+        mpirun::remove_empty_outputs(&log_dir, ranks.world_size);
+    }
 
-    // The report comes first, whatever the file system says.
-    let checkpoints = sharded::list(&dir.join("checkpoints")).unwrap_or_else(|error| {
-        supervisor.stderr.push_line(&format!("fsdp-launch: {error}"));
-        Vec::new()
-    });
-    let newest = checkpoints.last().map(|(_, path)| path.as_path());
-    let resumes = checked.config.checkpoint.resume == Resume::Auto;
-    let (status, lines) = verdict::verdict(&history, newest, resumes);
+    let (status, lines) = match supervisor.verdict.take() {
+        Some(farewell) => (farewell.status(), farewell.lines),
+        None => {
+            // The report comes first, whatever the file system says.
+            let checkpoints = sharded::list(&dir.join("checkpoints")).unwrap_or_else(|error| {
+                supervisor.stderr.push_line(&format!("fsdp-launch: {error}"));
+                Vec::new()
+            });
+            let newest = checkpoints.last().map(|(_, path)| path.as_path());
+            let resumes = checked.config.checkpoint.resume == Resume::Auto;
+            verdict::verdict(&supervisor.history, newest, resumes)
+        }
+    };
     lines.iter().for_each(|line| supervisor.stderr.push_line(line));
+    if supervisor.nodes.is_head {
+        supervisor.nodes.dismiss(&Message::Verdict(Farewell::new(status, lines)));
+    }
     supervisor.stdout.finish(OUTPUT_PATIENCE);
     supervisor.stderr.finish(OUTPUT_PATIENCE);
     Ok(status)
 }
 
-fn refuse_more_machines(args: &RunArgs) -> Result<(), Failure> {
-    if args.nnodes > 1 {
-        return Err(Failure::bad_input(format!(
-            "--nnodes: expected 1, got {}, which is not built yet; run on one machine",
-            args.nnodes
-        )));
-    }
-    if args.node_rank > 0 {
-        return Err(Failure::bad_input(format!(
-            "--node-rank: expected 0 (less than --nnodes), got {}; leave it out on one machine",
-            args.node_rank
-        )));
-    }
-    Ok(())
+fn serve_store(place: &Place, is_on_one_machine: bool) -> Result<StoreServer, Failure> {
+    let host = if is_on_one_machine { &place.master_addr } else { all_interfaces(place)? };
+    StoreServer::bind((host, place.master_port)).map_err(|error| match error {
+        ControlError::PortInUse { .. } | ControlError::StoreBind { .. } => Failure::bad_input(error),
+        _ => Failure::failed(error),
+    })
 }
 
 fn worker_binary() -> Result<PathBuf, Failure> {
@@ -126,75 +314,6 @@ fn worker_binary() -> Result<PathBuf, Failure> {
     }
 }
 
-fn create_dir(dir: &Path) -> Result<(), Failure> {
-    std::fs::create_dir_all(dir).map_err(|error| {
-        Failure::bad_input(format!(
-            "[output] dir: expected a folder that can be written, got {}: {error}; choose another one",
-            dir.display()
-        ))
-    })
-}
-
-/// One run at a time has an output folder. Held until dropped, or until this process is gone in whatever way.
-#[derive(Debug)]
-struct Lock {
-    _file: File,
-}
-
-impl Lock {
-    fn take(dir: &Path) -> Result<Self, Failure> {
-        let path = dir.join("lock");
-        let failed = |error: std::io::Error| {
-            Failure::bad_input(format!("{}: expected a lock file that can be written, got: {error}", path.display()))
-        };
-        let mut file =
-            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let mut holder = String::new();
-                let _ = file.take(1000).read_to_string(&mut holder);
-                return Err(Failure::bad_input(format!(
-                    "{}: expected an output folder that no other run uses, got one in use by fsdp-launch {}; wait for \
-                     it, or choose another folder with --set output.dir=...",
-                    dir.display(),
-                    holder.trim()
-                )));
-            }
-            Err(error) => return Err(failed(error.into())),
-        }
-        file.set_len(0).map_err(failed)?;
-        file.rewind().map_err(failed)?;
-        writeln!(file, "(pid {} on host {})", std::process::id(), host_name()).map_err(failed)?;
-        Ok(Self { _file: file })
-    }
-}
-
-/// Writes what the workers read, whole or not at all.
-fn write_resolved(config: &JobConfig, path: &Path) -> Result<(), Failure> {
-    let temporary = path.with_extension("toml.tmp");
-    std::fs::write(&temporary, config.to_toml())
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|error| Failure::bad_input(format!("{}: cannot write the resolved config: {error}", path.display())))
-}
-
-/// Removes what ranks of earlier runs left, which would be taken for this run's.
-fn remove_old_records(log_dir: &Path) -> Result<(), Failure> {
-    let remove = || -> std::io::Result<()> {
-        for entry in std::fs::read_dir(log_dir)? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with("error-rank-") && name.ends_with(".json") {
-                std::fs::remove_file(&path)?;
-            }
-        }
-        Ok(())
-    };
-    remove().map_err(|error| {
-        Failure::bad_input(format!("{}: cannot remove the error records of an earlier run: {error}", log_dir.display()))
-    })
-}
-
 /// Starts all ranks, or none.
 fn start_ranks<'a>(
     num_ranks: usize,
@@ -208,7 +327,9 @@ fn start_ranks<'a>(
             Err(error) => {
                 ranks.iter().for_each(|started| processes::signal_group(started.pid, Signal::KILL));
                 processes::end_orphans(spare, ORPHAN_PATIENCE);
-                return Err(Failure::failed(format!("cannot start rank {rank} of {num_ranks}: {error}")));
+                return Err(Failure::failed(format!(
+                    "cannot start rank {rank} of this machine's {num_ranks}: {error}"
+                )));
             }
         }
     }

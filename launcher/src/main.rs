@@ -3,11 +3,14 @@
 //! Layout, in the order in which a run passes through:
 //!
 //! - `cli`: what was typed
-//! - `preflight`: config, model files, data and output folder, checked before any rank starts
-//! - `launch`: lock, resolved config, store, ranks
-//! - `rank`: one rank's process, its pipes and its end
-//! - `supervise`: the loop that waits for ranks, signals and deadlines
-//! - `verdict`: which failure came first, what to say about it, and the exit status
+//! - `place`: how many nodes there are and which one this is, from flags or SLURM
+//! - `preflight`, `backend`: config, devices, model files, data and output folder, checked before any rank starts
+//! - `launch`: from there to the ranks, and what became of them
+//! - `nodes`, `link`, `differences`: the launchers of other nodes: how they come together, messages, whose config differs
+//! - `folder`: lock and resolved config in the output folder
+//! - `rank`, `mpirun`: one rank's process, or the mpirun that stands for all; its pipes and its end
+//! - `supervise`, `ends`: the loop that waits for ranks, nodes, signals and deadlines; what a rank's end means
+//! - `history`, `verdict`: what happened; which failure came first, what to say about it, and the exit status
 //! - `output`: ranks' lines to the terminal, to files, and kept for the report
 //! - `signals`, `processes`, `machine`: what the operating system knows
 //! - `plan_command`: `fsdp-launch plan`
@@ -24,11 +27,20 @@ use fsdp_control::ExitStatus;
 use cli::{Cli, Command};
 use failure::Failure;
 
+mod backend;
 mod cli;
+mod differences;
+mod ends;
 mod failure;
+mod folder;
+mod history;
 mod launch;
+mod link;
 mod machine;
+mod mpirun;
+mod nodes;
 mod output;
+mod place;
 mod plan_command;
 mod preflight;
 mod processes;

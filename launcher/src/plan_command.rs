@@ -14,7 +14,8 @@ use crate::preflight;
 pub fn plan(args: &PlanArgs) -> Result<ExitStatus, Failure> {
     let config = preflight::load_config(&args.job)?;
     let arch = preflight::load_architecture(&config)?;
-    let plan = Plan::for_job(&config, arch, args.job.nproc).map_err(Failure::bad_input)?;
+    let plan =
+        Plan::for_job(&config, arch, args.job.nproc * args.nnodes, args.job.nproc).map_err(Failure::bad_input)?;
     if args.json {
         crate::print(&format!("{:#}", as_json(&plan, args.device_memory)));
     } else {
@@ -36,10 +37,11 @@ fn as_json(plan: &Plan, device_bytes: Option<u64>) -> Value {
     let mut value = json!({
         "num_params": plan.num_params(),
         "num_units": plan.units.len(),
-        "world_size": plan.world_size,
+        "world_size": plan.world_size(),
         "peak_bytes": {
             "master": peak.master,
             "optimizer": peak.optimizer,
+            "offload_buffers": peak.offload_buffers,
             "grad_shards": peak.grad_shards,
             "slots": peak.slots,
             "grad_buffers": peak.grad_buffers,
@@ -47,9 +49,11 @@ fn as_json(plan: &Plan, device_bytes: Option<u64>) -> Value {
             "head": peak.head,
             "total": peak.total_bytes(),
         },
+        "offloaded_bytes": peak.offloaded,
         "num_all_gathers": replay.num_all_gathers,
         "all_gather_bytes": replay.all_gather_bytes,
         "reduce_scatter_bytes": replay.reduce_scatter_bytes,
+        "all_reduce_bytes": replay.all_reduce_bytes,
         "flops": replay.flops,
         "recompute_flops": replay.recompute_flops,
     });

@@ -5,16 +5,17 @@ use std::path::Path;
 
 use fsdp_checkpoint::hf_folder::ModelFolder;
 use fsdp_checkpoint::sharded::{self, Manifest};
-use fsdp_config::{ConfigError, Init, JobConfig, Resume, compatible_for_resume};
+use fsdp_config::{Backend, Init, JobConfig, Resume, compatible_for_resume};
 use fsdp_control::ExitStatus;
 use fsdp_data::{DataSpec, Format, TextTokenizer};
 use fsdp_plan::plan::format_bytes;
 use fsdp_plan::{Architecture, Unit, units};
 use rustix::fs::Access;
 
+use crate::backend;
 use crate::cli::{BackendArg, JobArgs};
 use crate::failure::Failure;
-use crate::machine;
+use crate::mpirun::Mpirun;
 
 /// How much of each data file is parsed before the run.
 const DATA_LIMIT_BYTES: u64 = 64 << 20;
@@ -23,13 +24,16 @@ const DATA_LIMIT_BYTES: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct Checked {
     pub config: JobConfig,
+    /// What starts the ranks for back end `mpi`.
+    pub mpirun: Option<Mpirun>,
     /// (What, what is known of it), for a person.
     facts: Vec<(&'static str, String)>,
 }
 
 /// `fsdp-launch check`.
 pub fn check(job: &JobArgs) -> Result<ExitStatus, Failure> {
-    let checked = preflight(job)?;
+    let checked = preflight(job, 1)?;
+    checked.check_ranks(job.nproc, job.nproc)?;
     for (what, fact) in &checked.facts {
         crate::print(&format!("{what:<12}{fact}"));
     }
@@ -37,17 +41,20 @@ pub fn check(job: &JobArgs) -> Result<ExitStatus, Failure> {
     Ok(ExitStatus::Done)
 }
 
-/// Checks the whole job.
+/// Checks all of the job that a node can check for itself.
 ///
 /// # Errors
 /// The first thing that is wrong, from the config outwards.
-pub fn preflight(job: &JobArgs) -> Result<Checked, Failure> {
-    let config = load_config(job)?;
-    let num_microbatches = config.num_microbatches(job.nproc as u64).map_err(Failure::bad_input)?;
-    let mut facts = vec![(
-        "config",
-        format!("{}: {} ranks x {num_microbatches} microbatches a step", job.config.display(), job.nproc),
-    )];
+pub fn preflight(job: &JobArgs, num_nodes: usize) -> Result<Checked, Failure> {
+    let mut config = load_config(job)?;
+    backend::resolve(&mut config, num_nodes, job.nproc)?;
+    let (device, backend) = (config.fsdp.device.name(), config.fsdp.backend.name());
+    let mut facts =
+        vec![("config", format!("{}: {} ranks on {device} over {backend}", job.config.display(), job.nproc))];
+    let mpirun = if config.fsdp.backend == Backend::Mpi { Some(Mpirun::find()?) } else { None };
+    if let Some(mpirun) = &mpirun {
+        facts.push(("mpirun", mpirun.to_string()));
+    }
     let arch = load_architecture(&config)?;
     let units = units::units(&arch);
     facts.push(("model", describe_model(&config, &arch, &units)));
@@ -62,43 +69,40 @@ pub fn preflight(job: &JobArgs) -> Result<Checked, Failure> {
     if let Some(validation) = &config.validation {
         check_prompts(&config, &arch, &validation.prompts, format)?;
     }
-    facts.push(("output", check_output(&config, job.nproc)?));
-    Ok(Checked { config, facts })
+    facts.push(("output", check_output(&config)?));
+    Ok(Checked { config, mpirun, facts })
+}
+
+impl Checked {
+    /// Checks what depends on the number of ranks of the whole run, `num_local_ranks` of them on this node.
+    ///
+    /// # Errors
+    /// Batch, shards or the checkpoint to resume from do not go together with it.
+    pub fn check_ranks(&self, num_ranks: usize, num_local_ranks: usize) -> Result<(), Failure> {
+        let config = &self.config;
+        config.num_microbatches(num_ranks as u64).map_err(Failure::bad_input)?;
+        let num_shards = config.num_shards(num_ranks as u64, num_local_ranks as u64).map_err(Failure::bad_input)?;
+        let checkpoints = sharded::list(&config.output.dir.join("checkpoints")).map_err(Failure::bad_input)?;
+        match (&config.checkpoint.resume, checkpoints.last()) {
+            (Resume::Auto, Some((_, path))) | (Resume::Path(path), _) => check_saved_config(path, config, num_shards),
+            (Resume::Auto | Resume::Never, _) => Ok(()),
+        }
+    }
 }
 
 /// The config with the flags laid over it.
 pub fn load_config(job: &JobArgs) -> Result<JobConfig, Failure> {
     let mut sets = job.sets.clone();
-    match job.backend {
-        Some(BackendArg::Nccl) => return Err(refuse_nccl("--backend", job.nproc)),
-        Some(BackendArg::Mpi) => {
-            return Err(Failure::bad_input(
-                "--backend: expected \"auto\" or \"shm\", got \"mpi\", which is not built yet; use --backend shm",
-            ));
-        }
-        Some(BackendArg::Auto) => sets.push("fsdp.backend=auto".to_owned()),
-        Some(BackendArg::Shm) => sets.push("fsdp.backend=shm".to_owned()),
-        None => {}
-    }
-    JobConfig::load(&job.config, &sets).map_err(|error| match error {
-        ConfigError::NotBuilt { at, key, value, .. } if key == "[fsdp] backend" && value == "\"nccl\"" => {
-            refuse_nccl(&format!("{at}: {key}"), job.nproc)
-        }
-        error => Failure::bad_input(error),
-    })
-}
-
-/// NCCL refuses two ranks on one GPU, which stays true once it is built.
-fn refuse_nccl(key: &str, num_ranks: usize) -> Failure {
-    let num_gpus = machine::num_gpus();
-    Failure::bad_input(if num_ranks > num_gpus {
-        format!(
-            "{key}: expected a GPU for each rank with \"nccl\", got {num_ranks} ranks and {num_gpus} GPUs; start fewer \
-             ranks with --nproc, or use \"shm\""
-        )
-    } else {
-        format!("{key}: expected \"auto\" or \"shm\", got \"nccl\", which is not built yet; use \"shm\"")
-    })
+    sets.extend(job.backend.map(|backend| {
+        let name = match backend {
+            BackendArg::Auto => "auto",
+            BackendArg::Shm => "shm",
+            BackendArg::Nccl => "nccl",
+            BackendArg::Mpi => "mpi",
+        };
+        format!("fsdp.backend={name}")
+    }));
+    JobConfig::load(&job.config, &sets).map_err(Failure::bad_input)
 }
 
 /// The architecture of the model folder, long enough for the job's sequences.
@@ -193,7 +197,7 @@ fn check_prompts(config: &JobConfig, arch: &Architecture, prompts: &[String], fo
 }
 
 /// The output folder can be written, and what it holds goes together with `resume` and the config.
-fn check_output(config: &JobConfig, num_ranks: usize) -> Result<String, Failure> {
+fn check_output(config: &JobConfig) -> Result<String, Failure> {
     let dir = &config.output.dir;
     let absolute = std::path::absolute(dir).map_err(Failure::bad_input)?;
     let existing = absolute.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
@@ -227,18 +231,14 @@ fn check_output(config: &JobConfig, num_ranks: usize) -> Result<String, Failure>
                 path.display()
             )));
         }
-        (Resume::Auto, Some((_, path))) => check_saved_config(path, config, num_ranks)?,
-        (Resume::Path(path), _) => {
-            if !path.join("manifest.json").is_file() {
-                return Err(Failure::bad_input(format!(
-                    "[checkpoint] resume: expected \"auto\", \"never\" or a checkpoint's folder, got {:?}, which has no \
-                     manifest.json; give a folder such as out/checkpoints/step-00000010",
-                    path.display()
-                )));
-            }
-            check_saved_config(path, config, num_ranks)?;
+        (Resume::Path(path), _) if !path.join("manifest.json").is_file() => {
+            return Err(Failure::bad_input(format!(
+                "[checkpoint] resume: expected \"auto\", \"never\" or a checkpoint's folder, got {:?}, which has no \
+                 manifest.json; give a folder such as out/checkpoints/step-00000010",
+                path.display()
+            )));
         }
-        (Resume::Auto | Resume::Never, None) => {}
+        _ => {}
     }
     Ok(match newest {
         Some((step, _)) => format!("{}: {} checkpoints, the newest of step {step}", dir.display(), checkpoints.len()),
@@ -248,13 +248,14 @@ fn check_output(config: &JobConfig, num_ranks: usize) -> Result<String, Failure>
 
 /// Refuses a config that does not continue the checkpoint's. A manifest that cannot be read is the workers' affair: they
 /// validate checkpoints in full and may fall back to an older one.
-fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_ranks: usize) -> Result<(), Failure> {
+fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_shards: u64) -> Result<(), Failure> {
     let Ok(text) = std::fs::read(checkpoint.join("manifest.json")) else { return Ok(()) };
     let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { return Ok(()) };
     let origin = format!("{} (saved config)", checkpoint.display());
-    if manifest.world_size != num_ranks {
+    if manifest.world_size as u64 != num_shards {
         return Err(Failure::bad_input(format!(
-            "cannot continue {}: expected {} ranks, which saved it, got {num_ranks}; another number of ranks is not built yet",
+            "cannot continue {}: expected {} shards, one a rank, as it was saved, got {num_shards}; another number is not \
+             built yet",
             checkpoint.display(),
             manifest.world_size
         )));

@@ -13,6 +13,12 @@ pub fn signal_group(pid: Pid, signal: Signal) {
     let _ = rustix::process::kill_process_group(pid, signal);
 }
 
+/// Sends `signal` to the child `pid` alone, which must not have been reaped yet.
+pub fn signal(pid: Pid, signal: Signal) {
+    // The only error is that it has ended.
+    let _ = rustix::process::kill_process(pid, signal);
+}
+
 /// Asks a process group to stop, also if it is suspended.
 pub fn ask_group_to_stop(pid: Pid) {
     signal_group(pid, Signal::TERM);

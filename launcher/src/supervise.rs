@@ -1,5 +1,5 @@
-//! The loop that waits for ranks, signals and deadlines. It has one thread and never polls: it sleeps until a rank ends
-//! or prints, a signal comes, a reader takes output, or a deadline passes.
+//! The loop that waits for ranks, signals, other launchers and deadlines. It has one thread and never polls: it sleeps
+//! until a rank ends or prints, a signal or a message comes, a reader takes output, or a deadline passes.
 //!
 //! ```text
 //!             signal                    25 s
@@ -9,28 +9,38 @@
 //!      |                              ^
 //!      +--> (a victim: 0.5 s for the cause to show)
 //! ```
+//!
+//! With several nodes each launcher passes through these phases with its own ranks and tells the others why. The head
+//! hears of all failures, and its verdict ends all launchers with the same status and lines.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use fsdp_control::error_file::{self, ErrorKind, ErrorRecord};
-use fsdp_control::progress::{Progress, Snapshot};
-use fsdp_control::{ExitStatus, host_name};
+use fsdp_control::ExitStatus;
+use fsdp_control::progress::Progress;
 use rustix::event::{PollFd, PollFlags};
-use rustix::process::Signal;
-use signal_hook::consts::{SIGKILL, SIGTERM};
 
 use crate::failure::Failure;
+use crate::history::History;
+use crate::link::{Ended, Farewell, Message};
+use crate::nodes::Nodes;
 use crate::output::Outlet;
 use crate::processes;
-use crate::rank::{End, RankProcess};
+use crate::rank::RankProcess;
 use crate::signals::{Arrived, Signals};
 
 /// How long ranks have to finish the step and save after a signal. Schedulers kill after 30 s.
 pub const STOP_DEADLINE: Duration = Duration::from_secs(25);
 
+/// How often an mpirun is asked to stop, and how long after its start at first: it dies of a signal that comes while it
+/// starts the ranks, or drops it.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
 /// How long ranks have to end once another one has failed.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
+
+/// The same once a whole node is lost: no step can end, nothing can be saved.
+const LOST_GRACE: Duration = Duration::from_secs(2);
 
 /// How long the cause has to show once a victim has been seen.
 const CAUSE_DEADLINE: Duration = Duration::from_millis(500);
@@ -38,62 +48,13 @@ const CAUSE_DEADLINE: Duration = Duration::from_millis(500);
 /// How long the kernel has to end killed processes.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What happened, in the order in which the launcher saw it; [`crate::verdict`] makes sense of it.
-#[derive(Debug, Default)]
-pub struct History {
-    pub failures: Vec<RankFailure>,
-    /// Ranks that ended because they were asked to.
-    pub num_stopped: usize,
-    /// The launcher got a signal.
-    pub stop_requested: bool,
-    /// Ranks were killed because they did not stop in time, or because a person insisted.
-    pub forced: bool,
-    /// Ranks that even SIGKILL did not end.
-    pub unkillable: Vec<usize>,
-}
-
-/// A rank's failure.
-#[derive(Debug)]
-pub struct RankFailure {
-    pub rank: usize,
-    pub host: String,
-    pub pid: i32,
-    pub end: End,
-    /// Training step, from 1; 0 before the first.
-    pub step: u64,
-    /// What the rank itself says.
-    pub record: Option<ErrorRecord>,
-    pub last_lines: Vec<String>,
-    /// For a timeout: who was not there.
-    pub absent: Vec<AbsentRank>,
-}
-
-impl RankFailure {
-    /// The failure can be the cause of others.
-    pub fn is_primary(&self) -> bool {
-        self.record.as_ref().is_none_or(|record| record.primary)
-    }
-}
-
-/// A rank that lives, but had not come to a collective for which another one waited in vain, or is suspended.
-#[derive(Debug)]
-pub struct AbsentRank {
-    pub rank: usize,
-    pub pid: i32,
-    pub at: Snapshot,
-    /// State letter of the process.
-    pub state: Option<char>,
-}
-
-impl AbsentRank {
-    /// Least for the one to blame: who is suspended, then who does not wait for others itself, then who is furthest behind.
-    pub fn order_of_suspicion(&self) -> impl Ord {
-        (self.state != Some('T'), self.at.inside, self.at.seq)
-    }
-}
+/// How long the other launchers have to say how their ranks ended, once this one's have: a stop's deadline and the
+/// kernel's. The head has to wait for the others itself before it answers.
+const NODES_DEADLINE: Duration = Duration::from_secs(40);
+const HEAD_DEADLINE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub enum Phase {
     Running,
     /// A victim was seen; its cause should show until then.
     Suspecting(Instant),
@@ -103,13 +64,17 @@ enum Phase {
     Ending(Instant),
     /// All were killed; whoever is left by then is left.
     Killed(Instant),
+    /// This launcher's ranks have ended, other nodes' have until then.
+    Waiting(Instant),
 }
 
 impl Phase {
     fn deadline(self) -> Option<Instant> {
         match self {
             Self::Running => None,
-            Self::Suspecting(at) | Self::Stopping(at) | Self::Ending(at) | Self::Killed(at) => Some(at),
+            Self::Suspecting(at) | Self::Stopping(at) | Self::Ending(at) | Self::Killed(at) | Self::Waiting(at) => {
+                Some(at)
+            }
         }
     }
 }
@@ -120,6 +85,7 @@ enum Ready {
     Signal,
     Stdout,
     Stderr,
+    Node(usize),
     Output(usize),
     Exit(usize),
 }
@@ -129,43 +95,84 @@ pub struct Supervisor<'a> {
     pub ranks: Vec<RankProcess>,
     pub progress: &'a Progress,
     pub log_dir: &'a Path,
-    pub signals: Signals,
+    pub signals: &'a mut Signals,
+    pub nodes: &'a mut Nodes,
     pub stdout: Outlet,
     pub stderr: Outlet,
-    phase: Phase,
-    history: History,
+    pub phase: Phase,
+    /// When an mpirun is to be asked to stop once more.
+    ask_again: Option<Instant>,
+    pub history: History,
+    /// What the head says, on other nodes.
+    pub verdict: Option<Farewell>,
 }
 
 impl<'a> Supervisor<'a> {
-    pub fn new(ranks: Vec<RankProcess>, progress: &'a Progress, log_dir: &'a Path, signals: Signals) -> Self {
+    pub fn new(
+        ranks: Vec<RankProcess>,
+        progress: &'a Progress,
+        log_dir: &'a Path,
+        signals: &'a mut Signals,
+        nodes: &'a mut Nodes,
+    ) -> Self {
         Self {
             ranks,
             progress,
             log_dir,
             signals,
+            nodes,
             stdout: Outlet::stdout(),
             stderr: Outlet::stderr(),
             phase: Phase::Running,
+            ask_again: None,
             history: History::default(),
+            verdict: None,
         }
     }
 
-    /// Returns once all ranks have ended; the outlets may still hold some output.
+    /// Returns once all ranks of all nodes have ended; the outlets may still hold some output.
     ///
     /// # Errors
     /// The system refuses to wait. The ranks then end with the lifeline.
-    pub fn run(&mut self) -> Result<History, Failure> {
-        while self.ranks.iter().any(|rank| !rank.has_ended()) {
+    pub fn run(&mut self) -> Result<(), Failure> {
+        // What came together with the last message before the start makes no descriptor ready any more.
+        (0..self.nodes.peers.len()).for_each(|index| self.hear(index));
+        let mut has_reported = false;
+        loop {
+            if self.living().all(|rank| self.history.unkillable.contains(&rank.first_rank)) {
+                if !has_reported {
+                    has_reported = true;
+                    self.report_end();
+                }
+                if self.nodes.peers.iter().all(|peer| peer.is_done) {
+                    return Ok(());
+                }
+                if !matches!(self.phase, Phase::Running | Phase::Waiting(_)) {
+                    let patience = if self.nodes.is_head { NODES_DEADLINE } else { HEAD_DEADLINE };
+                    self.phase = Phase::Waiting(Instant::now() + patience);
+                }
+            }
             let ready = self.wait().map_err(|e| Failure::failed(format!("cannot wait for the ranks: {e}")))?;
             // Signals first: a scheduler that signals all processes of a job has ranks die of its signal, not of a fault.
             for &event in &ready {
                 self.handle(event)?;
             }
-            if self.phase.deadline().is_some_and(|at| Instant::now() >= at) && !self.pass_deadline() {
-                break;
+            if self.ask_again.is_some_and(|at| Instant::now() >= at) {
+                self.ask_to_stop();
+            }
+            if self.phase.deadline().is_some_and(|at| Instant::now() >= at) {
+                self.pass_deadline();
             }
         }
-        Ok(std::mem::take(&mut self.history))
+    }
+
+    /// Tells the head how this node's ranks ended.
+    fn report_end(&mut self) {
+        if !self.nodes.is_head {
+            let History { num_stopped, forced, ref unkillable, .. } = self.history;
+            let ended = Ended { num_stopped, forced, unkillable: unkillable.clone() };
+            self.nodes.tell_all(&Message::Ended(ended));
+        }
     }
 
     /// Sleeps until something is ready or the phase's deadline has come.
@@ -184,6 +191,11 @@ impl<'a> Supervisor<'a> {
                 add(outlet.fd(), PollFlags::OUT, event);
             }
         }
+        for (index, peer) in self.nodes.peers.iter().enumerate() {
+            if peer.link.closed().is_none() {
+                add(peer.link.fd(), peer.link.flags(), Ready::Node(index));
+            }
+        }
         for (index, rank) in self.ranks.iter().enumerate() {
             for pipe in rank.pipes().into_iter().flatten() {
                 add(pipe, PollFlags::IN, Ready::Output(index));
@@ -194,7 +206,8 @@ impl<'a> Supervisor<'a> {
                 add(pidfd, PollFlags::IN, Ready::Exit(index));
             }
         }
-        let timeout = self.phase.deadline().map(|at| processes::timespec(at.saturating_duration_since(Instant::now())));
+        let wake_at = self.phase.deadline().into_iter().chain(self.ask_again).min();
+        let timeout = wake_at.map(|at| processes::timespec(at.saturating_duration_since(Instant::now())));
         match rustix::event::poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error),
@@ -207,13 +220,11 @@ impl<'a> Supervisor<'a> {
             Ready::Signal => match self.signals.take() {
                 Arrived::Nothing => {}
                 Arrived::Stop => self.stop(),
-                Arrived::Force => {
-                    self.history.forced = true;
-                    self.kill();
-                }
+                Arrived::Force => self.force(),
             },
             Ready::Stdout => self.stdout.write_some(),
             Ready::Stderr => self.stderr.write_some(),
+            Ready::Node(index) => self.hear(index),
             Ready::Output(index) => self.ranks[index].pump(&mut self.stdout, &mut self.stderr),
             Ready::Exit(index) => self.take_end(index)?,
         }
@@ -229,135 +240,149 @@ impl<'a> Supervisor<'a> {
         let secs = STOP_DEADLINE.as_secs();
         self.stderr
             .push_line(&format!("fsdp-launch: asked to stop; the ranks finish the step and save ({secs} s at most)"));
-        self.ask_all_to_stop();
+        self.nodes.tell_all(&Message::Stop);
         self.phase = Phase::Stopping(Instant::now() + STOP_DEADLINE);
+        self.ask_to_stop();
     }
 
-    /// What to do when the phase's deadline has come; false when there is nothing left to do.
-    fn pass_deadline(&mut self) -> bool {
+    fn ask_to_stop(&mut self) {
+        self.ask_again = None;
+        if let Phase::Stopping(_) = self.phase {
+            let can_hear = |process: &&RankProcess| process.mpirun.is_none() || process.started.elapsed() >= ASK_AGAIN;
+            self.living().filter(can_hear).for_each(RankProcess::ask_to_stop);
+            if self.living().any(|process| process.mpirun.is_some()) {
+                self.ask_again = Some(Instant::now() + ASK_AGAIN);
+            }
+        }
+    }
+
+    /// A person does not want to wait.
+    fn force(&mut self) {
+        if !self.history.forced {
+            self.history.forced = true;
+            self.nodes.tell_all(&Message::Kill);
+            self.kill();
+        }
+    }
+
+    /// What to do when the phase's deadline has come.
+    fn pass_deadline(&mut self) {
         match self.phase {
             Phase::Running => {}
-            Phase::Suspecting(_) => self.end_all(),
+            Phase::Suspecting(_) => self.end_all(GRACE),
             Phase::Stopping(_) => {
                 self.history.forced = true;
                 self.kill();
             }
             Phase::Ending(_) => self.kill(),
-            Phase::Killed(_) => {
-                self.history.unkillable = self.living().map(|rank| rank.rank).collect();
-                return false;
+            Phase::Killed(_) => self.history.unkillable = self.living().map(|rank| rank.first_rank).collect(),
+            Phase::Waiting(_) => {
+                let silent: Vec<usize> = (0..self.nodes.peers.len()).collect();
+                silent.into_iter().for_each(|index| self.lose(index, "it does not say how its ranks ended"));
             }
         }
-        true
     }
 
-    /// A rank has failed: the others end too.
-    fn end_all(&mut self) {
-        if matches!(self.phase, Phase::Ending(_) | Phase::Killed(_)) {
+    /// A rank has failed, or a node is lost: the others end too.
+    pub fn end_all(&mut self, grace: Duration) {
+        self.nodes.tell_all(&Message::End);
+        if matches!(self.phase, Phase::Ending(_) | Phase::Killed(_) | Phase::Waiting(_)) {
             return;
         }
         for (index, rank) in self.ranks.iter().enumerate().filter(|(_, rank)| !rank.has_ended()) {
-            // A suspended process cannot react, and what it would wake up to is gone. Before the first step there is
-            // nothing to save, and ranks may be in a wait that only a time limit ends.
-            if processes::state(rank.pid) == Some('T') || self.progress.snapshot(index).step == 0 {
-                processes::signal_group(rank.pid, Signal::KILL);
-            }
+            // Before the first step there is nothing to save, and ranks may be in a wait that only a time limit ends.
+            rank.ask_to_end(self.progress.snapshot(index).step > 0);
         }
-        self.ask_all_to_stop();
-        self.phase = Phase::Ending(Instant::now() + GRACE);
-    }
-
-    fn ask_all_to_stop(&self) {
-        self.living().for_each(|rank| processes::ask_group_to_stop(rank.pid));
+        self.phase = Phase::Ending(Instant::now() + grace);
     }
 
     fn kill(&mut self) {
-        self.living().for_each(|rank| processes::signal_group(rank.pid, Signal::KILL));
+        self.living().for_each(RankProcess::kill);
         self.phase = Phase::Killed(Instant::now() + KILL_DEADLINE);
     }
 
-    fn living(&self) -> impl Iterator<Item = &RankProcess> {
+    pub fn living(&self) -> impl Iterator<Item = &RankProcess> {
         self.ranks.iter().filter(|rank| !rank.has_ended())
     }
 
-    /// Takes and judges the end of a rank.
-    fn take_end(&mut self, index: usize) -> Result<(), Failure> {
-        let rank = &mut self.ranks[index];
-        let (number, pid) = (rank.rank, rank.pid.as_raw_pid());
-        let end = rank
-            .reap(&mut self.stdout, &mut self.stderr)
-            .map_err(|e| Failure::failed(format!("cannot wait for rank {number} (pid {pid}): {e}")))?;
-        // A record of an earlier run under the same rank is not this process's.
-        let record = error_file::read(self.log_dir, number).ok().flatten().filter(|r| r.pid == pid.cast_unsigned());
-        // By the launcher, with that signal.
-        let was_asked = |signal| match self.phase {
-            Phase::Running | Phase::Suspecting(_) => false,
-            Phase::Stopping(_) => signal == SIGTERM,
-            Phase::Ending(_) | Phase::Killed(_) => signal == SIGTERM || signal == SIGKILL,
-        };
-        match end {
-            End::Exited(0) => return Ok(()),
-            End::Exited(code) if code == ExitStatus::Stopped.code() && record.is_none() => {
-                self.history.num_stopped += 1;
-                return Ok(());
+    /// A victim was seen: its cause should show soon, here or on another node.
+    pub fn suspect(&mut self) {
+        if self.phase == Phase::Running {
+            self.phase = Phase::Suspecting(Instant::now() + CAUSE_DEADLINE);
+        }
+    }
+
+    /// A rank ended in a stop before it could take part in it: the others wait for it in vain.
+    pub fn hurry(&mut self) {
+        if let Phase::Stopping(_) = self.phase {
+            self.phase = Phase::Ending(Instant::now() + GRACE);
+        }
+    }
+
+    /// Takes what another launcher has to say.
+    fn hear(&mut self, index: usize) {
+        self.nodes.peers[index].link.write_some();
+        while let Some(message) = self.nodes.peers[index].link.receive() {
+            self.take_message(index, message);
+        }
+        if let Some(reason) = self.nodes.peers[index].link.closed().map(str::to_owned) {
+            self.lose(index, &reason);
+        }
+    }
+
+    fn take_message(&mut self, index: usize, message: Message) {
+        let peer = &mut self.nodes.peers[index];
+        match message {
+            Message::Stop => self.stop(),
+            Message::End => self.end_all_once(),
+            Message::Kill => self.force(),
+            Message::RankFailed(failure) => self.take_failure(failure),
+            Message::WhoIsAbsent { waiting, seq } => {
+                let ranks = self.absent_from(seq);
+                self.nodes.peers[index].link.send(&Message::Absent { waiting, ranks });
             }
-            End::Killed(signal) if was_asked(signal) => {
-                self.history.num_stopped += 1;
-                // It was still starting and had no handler yet: the others wait for it in vain.
-                if let Phase::Stopping(_) = self.phase {
-                    self.phase = Phase::Ending(Instant::now() + GRACE);
+            Message::Absent { waiting, ranks } => {
+                if let Some(failure) = self.history.failures.iter_mut().find(|failure| failure.rank == waiting) {
+                    failure.absent.extend(ranks);
                 }
-                return Ok(());
             }
-            End::Exited(_) | End::Killed(_) => {}
+            Message::Ended(ended) => {
+                peer.is_done = true;
+                self.history.num_stopped += ended.num_stopped;
+                self.history.forced |= ended.forced;
+                self.history.unkillable.extend(ended.unkillable);
+            }
+            Message::GaveUp(farewell) => {
+                peer.is_done = true;
+                self.history.add_fault(farewell);
+                self.end_all(GRACE);
+            }
+            Message::Verdict(farewell) => {
+                peer.is_done = true;
+                self.verdict = Some(farewell);
+                // They have ended, unless the head gives up.
+                self.end_all_once();
+            }
+            Message::Hello(_) | Message::Start { .. } => self.lose(index, "it sent a message out of turn"),
         }
-        let snapshot = self.progress.snapshot(index);
-        let failure = RankFailure {
-            rank: number,
-            host: host_name(),
-            pid,
-            end,
-            step: record.as_ref().map_or(snapshot.step, |record| record.step),
-            absent: match &record {
-                Some(record) if record.kind == ErrorKind::CollectiveTimeout => self.absent_from(&snapshot),
-                _ => Vec::new(),
-            },
-            record,
-            last_lines: self.ranks[index].last_lines(),
-        };
-        if failure.record.is_none() && matches!(end, End::Killed(_)) {
-            self.write_record(&failure, index);
-        }
-        match self.phase {
-            _ if failure.is_primary() => self.end_all(),
-            Phase::Running => self.phase = Phase::Suspecting(Instant::now() + CAUSE_DEADLINE),
-            _ => {}
-        }
-        self.history.failures.push(failure);
-        Ok(())
     }
 
-    /// Ranks that live and had not come to the collective in which another one, at `waiting`, gave up; or are suspended.
-    fn absent_from(&self, waiting: &Snapshot) -> Vec<AbsentRank> {
-        let of = |(index, rank): (usize, &RankProcess)| {
-            let (at, state) = (self.progress.snapshot(index), processes::state(rank.pid));
-            (!rank.has_ended() && (at.seq < waiting.seq || state == Some('T'))).then(|| AbsentRank {
-                rank: rank.rank,
-                pid: rank.pid.as_raw_pid(),
-                at,
-                state,
-            })
-        };
-        self.ranks.iter().enumerate().filter_map(of).collect()
+    /// As [`Supervisor::end_all`], on the word of another launcher, which hears no echo.
+    fn end_all_once(&mut self) {
+        if matches!(self.phase, Phase::Running | Phase::Suspecting(_) | Phase::Stopping(_)) {
+            self.end_all(GRACE);
+        }
     }
 
-    /// The record that a rank ended by a signal could not write.
-    fn write_record(&self, failure: &RankFailure, local_rank: usize) {
-        let message = failure.end.to_string();
-        let mut record = ErrorRecord::new(failure.rank, local_rank, ErrorKind::Signal, message, ExitStatus::Failed);
-        record.pid = failure.pid.cast_unsigned();
-        record.step = failure.step;
-        // The report says the same; a full disk must not hide it.
-        let _ = error_file::write(self.log_dir, &record);
+    /// Another launcher is gone, or as good as gone.
+    fn lose(&mut self, index: usize, reason: &str) {
+        let peer = &mut self.nodes.peers[index];
+        if peer.is_done {
+            return;
+        }
+        peer.is_done = true;
+        let line = format!("{} is lost: {reason}", peer.name());
+        self.history.add_fault(Farewell::new(ExitStatus::Failed, vec![line]));
+        self.end_all(LOST_GRACE);
     }
 }

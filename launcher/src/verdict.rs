@@ -6,16 +6,25 @@ use fsdp_control::ExitStatus;
 use fsdp_control::error_file::ErrorKind;
 use signal_hook::consts::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGSEGV};
 
+use crate::history::{History, RankFailure};
 use crate::rank::End;
-use crate::supervise::{History, RankFailure, STOP_DEADLINE};
+use crate::supervise::STOP_DEADLINE;
 
 /// The run's exit status, and the lines that say why.
 ///
 /// `checkpoint` is the newest committed one; `resumes` says whether the same command would continue from it.
 pub fn verdict(history: &History, checkpoint: Option<&Path>, resumes: bool) -> (ExitStatus, Vec<String>) {
     let mut lines = Vec::new();
-    let culprit = culprit(&history.failures);
+    // A fault is noted only where it came before any rank's failure that can be a cause.
+    let culprit = if history.fault.is_some() { None } else { culprit(&history.failures) };
     let status = match culprit {
+        _ if let Some(fault) = &history.fault => {
+            lines.extend(fault.lines.iter().cloned());
+            match fault.status() {
+                ExitStatus::Failed => failed(checkpoint),
+                status => status,
+            }
+        }
         // A rank that ends early in a stop takes the others' peer away: that is no failure of theirs.
         Some(failure) if failure.is_primary() || !history.stop_requested => {
             lines = report(failure);
@@ -40,7 +49,7 @@ pub fn verdict(history: &History, checkpoint: Option<&Path>, resumes: bool) -> (
     if status == ExitStatus::Stopped || status == ExitStatus::Failed {
         lines.push(match checkpoint {
             Some(path) if resumes => {
-                let stopped = if culprit.is_none() { "stopped; " } else { "" };
+                let stopped = if culprit.is_none() && history.fault.is_none() { "stopped; " } else { "" };
                 format!("{stopped}{} is committed; run the same command again to continue", path.display())
             }
             Some(path) => {
@@ -78,28 +87,26 @@ fn report(failure: &RankFailure) -> Vec<String> {
             Some('T') => "is suspended and did not come",
             _ => "did not come",
         };
-        let after = match absent.at.seq {
+        let after = match absent.seq {
             0 => "it has entered none yet".to_owned(),
-            seq => format!("its last one was number {seq}, {} for {:?}", absent.at.op, absent.at.unit),
+            seq => format!("its last one was number {seq}, {} for {:?}", absent.op, absent.unit),
         };
         lines.push(format!(
-            "rank {} (host {}, pid {}) {did} to a collective {}; {after}",
-            absent.rank,
-            failure.host,
-            absent.pid,
-            when(absent.at.step)
+            "{} {did} to a collective{}; {after}",
+            who(absent.rank, &absent.host, Some(absent.pid)),
+            when(Some(absent.step))
         ));
     }
     let when = when(failure.step);
-    let who = format!("rank {} (host {}, pid {})", failure.rank, failure.host, failure.pid);
+    let who = who(failure.rank, &failure.host, failure.pid);
     match &failure.record {
         Some(record) => {
             let what = if record.kind == ErrorKind::Panic { "panicked" } else { "failed" };
-            lines.push(format!("{who} {what} {when}: {}", record.message));
+            lines.push(format!("{who} {what}{when}: {}", record.message));
             lines.extend(record.unit.iter().map(|unit| format!("  in unit {unit}")));
             lines.extend(record.causes.iter().map(|cause| format!("  caused by: {cause}")));
         }
-        None => lines.push(format!("{who} {} {when}; {}", failure.end, hint(failure))),
+        None => lines.push(format!("{who} {}{when}; {}", failure.end, hint(failure))),
     }
     if !failure.last_lines.is_empty() {
         lines.push(format!("  the last lines of rank {}:", failure.rank));
@@ -108,10 +115,18 @@ fn report(failure: &RankFailure) -> Vec<String> {
     lines
 }
 
-fn when(step: u64) -> String {
+fn who(rank: usize, host: &str, pid: Option<i32>) -> String {
+    match pid {
+        Some(pid) => format!("rank {rank} (host {host}, pid {pid})"),
+        None => format!("rank {rank} (host {host})"),
+    }
+}
+
+fn when(step: Option<u64>) -> String {
     match step {
-        0 => "before the first step".to_owned(),
-        step => format!("at step {step}"),
+        None => String::new(),
+        Some(0) => " before the first step".to_owned(),
+        Some(step) => format!(" at step {step}"),
     }
 }
 
@@ -134,15 +149,15 @@ fn hint(failure: &RankFailure) -> String {
 #[cfg(test)]
 mod tests {
     use fsdp_control::error_file::ErrorRecord;
-    use fsdp_control::progress::{Op, Snapshot};
 
     use super::*;
-    use crate::supervise::AbsentRank;
+    use crate::history::AbsentRank;
+    use crate::link::Farewell;
 
     fn failure(rank: usize, end: End, kind: Option<ErrorKind>) -> RankFailure {
         let record = kind.map(|kind| ErrorRecord::new(rank, rank, kind, "message".to_owned(), ExitStatus::Failed));
-        let (host, pid) = ("h".to_owned(), 100 + rank as i32);
-        RankFailure { rank, host, pid, end, step: 7, record, last_lines: vec![], absent: vec![] }
+        let (host, pid) = ("h".to_owned(), Some(100 + rank as i32));
+        RankFailure { rank, host, pid, end, step: Some(7), seq: 42, record, last_lines: vec![], absent: vec![] }
     }
 
     fn after(failures: Vec<RankFailure>) -> History {
@@ -218,19 +233,49 @@ mod tests {
     #[test]
     fn a_timeout_names_the_rank_that_did_not_come() {
         let mut victim = failure(0, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
-        let at = Snapshot { step: 6, seq: 41, op: Op::AllGather, inside: false, unit: "layers.2".to_owned() };
+        let suspended = AbsentRank {
+            rank: 3,
+            host: "h".to_owned(),
+            pid: 103,
+            step: 6,
+            seq: 41,
+            op: "all_gather".to_owned(),
+            unit: "layers.2".to_owned(),
+            waits: false,
+            state: Some('T'),
+        };
         // Rank 2 was behind too, but because it waits itself.
-        let waits = Snapshot { seq: 42, inside: true, ..at.clone() };
-        victim.absent = vec![
-            AbsentRank { rank: 2, pid: 102, at: waits, state: Some('S') },
-            AbsentRank { rank: 3, pid: 103, at, state: Some('T') },
-        ];
+        let waits = AbsentRank { rank: 2, seq: 42, waits: true, state: Some('S'), ..suspended.clone() };
+        victim.absent = vec![waits, suspended];
         let of_the_victim = failure(1, End::Exited(1), Some(ErrorKind::PeerLost));
         let (_, lines) = verdict(&after(vec![of_the_victim, victim]), None, true);
         assert_eq!(
             lines[0],
             "fsdp-launch: rank 3 (host h, pid 103) is suspended and did not come to a collective at step 6; its last one \
              was number 41, all_gather for \"layers.2\""
+        );
+    }
+
+    /// Whether the node was lost first is known when it is noted; what came after it is its consequence.
+    #[test]
+    fn a_fault_of_a_launcher_is_the_cause_unless_a_rank_failed_before() {
+        let lost =
+            || Farewell::new(ExitStatus::Failed, vec!["node 1 (host b, ranks 2-3) is lost: it is gone".to_owned()]);
+        let mut history = after(vec![failure(0, End::Exited(1), Some(ErrorKind::PeerLost))]);
+        history.add_fault(lost());
+        history.failures.push(failure(1, End::Exited(2), None));
+        for (checkpoint, status) in [(Some(Path::new(CHECKPOINT)), 75), (None, 1)] {
+            let (ended, lines) = verdict(&history, checkpoint, true);
+            assert_eq!(ended.code(), status);
+            assert_eq!(lines[0], "fsdp-launch: node 1 (host b, ranks 2-3) is lost: it is gone");
+            assert_eq!(lines.len(), 2, "{lines:?}");
+        }
+        let mut history = after(vec![failure(1, End::Killed(SIGKILL), None)]);
+        history.add_fault(lost());
+        let (_, lines) = verdict(&history, None, true);
+        assert!(
+            lines[0].starts_with("fsdp-launch: rank 1 (host h, pid 101) was killed by SIGKILL at step 7"),
+            "{lines:?}"
         );
     }
 

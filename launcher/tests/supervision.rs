@@ -7,12 +7,8 @@ use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use job::{Job, end};
+use job::{Job, end, named, send};
 use rustix::process::{Pid, Signal, kill_process};
-
-fn send(pid: u32, signal: Signal) {
-    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
-}
 
 /// A terminal: the end of who sits at it, and the end of programs.
 fn open_terminal() -> (OwnedFd, File) {
@@ -22,12 +18,6 @@ fn open_terminal() -> (OwnedFd, File) {
     let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
     let programs = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
     (terminal, programs)
-}
-
-/// The ranks that a report names as the first failure.
-fn named(stderr: &str) -> Vec<String> {
-    let lines = stderr.lines().filter_map(|line| line.strip_prefix("fsdp-launch: rank "));
-    lines.map(|line| line.split(' ').next().unwrap().to_owned()).collect()
 }
 
 #[test]
@@ -302,6 +292,34 @@ fn signals_while_ranks_start_end_the_run_too() {
         assert!(ended.took < Duration::from_secs(10), "{ended:?}");
         job.assert_no_survivors(Duration::ZERO);
     }
+}
+
+/// Checks may take long; a file that is a pipe stands for a file system that does not answer.
+#[test]
+fn a_signal_during_the_checks_ends_them_at_once() {
+    let job = Job::new(5);
+    std::fs::remove_file(job.path("job.toml")).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(job.path("job.toml")).status().unwrap().success());
+    let child = job.start(2, "", &[]);
+    std::thread::sleep(Duration::from_millis(300));
+    send(child.id(), Signal::TERM);
+    let ended = end(child);
+    assert_eq!(ended.status, 75, "{ended:?}");
+    let line = "fsdp-launch: stopped before the ranks started; run the same command again\n";
+    assert_eq!(ended.stderr, line);
+    assert!(ended.took < Duration::from_secs(1), "{ended:?}");
+    assert!(!job.path("out").exists());
+}
+
+/// A launcher that runs inside of a rank has its own place and terminal.
+#[test]
+fn variables_of_ranks_do_not_leak_into_a_nested_run() {
+    let job = Job::new(1);
+    let mut command = job.command(&["--nproc", "1", "job.toml"]);
+    command.envs([("RANK", "7"), ("WORLD_SIZE", "8"), ("FSDP_TERMINAL_WIDTH", "80"), ("FSDP_PREPARED", "1")]);
+    assert_eq!(end(command.spawn().unwrap()).status, 0);
+    let started = job.read("out/started-0");
+    assert!(started.contains("rank: 0,") && started.contains("terminal_width: None"), "{started}");
 }
 
 /// A person who presses Ctrl-C again does not want to wait; without a terminal the second one changes nothing.

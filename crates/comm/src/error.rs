@@ -1,10 +1,12 @@
-use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
+use std::{fmt, io};
 
 use fsdp_control::ControlError;
 use fsdp_control::error_file::ErrorKind;
 use fsdp_control::progress::Op;
-use tch::Kind;
+use fsdp_torch_ext::TorchError;
+use tch::{Kind, TchError};
 
 /// What can go wrong in a collective.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +25,9 @@ pub enum CommError {
     #[error("ranks call different collectives: rank {rank} is in {call}, rank {other_rank} in {other_call}")]
     Mismatch { rank: usize, call: Call, other_rank: usize, other_call: Call },
 
+    #[error("rank {rank}: rank {other_rank} has given up; the last call here was {call}")]
+    PeerGaveUp { rank: usize, other_rank: usize, call: Call },
+
     #[error("{op}: expected {expected}, got {got}")]
     BadTensor { op: Op, expected: String, got: String },
 
@@ -35,6 +40,31 @@ pub enum CommError {
     #[error("rank {other_rank} answered the rendezvous with {got:?}; all ranks must run the same version")]
     Rendezvous { other_rank: usize, got: String },
 
+    #[error("backend {backend} cannot be used: {missing}")]
+    Unavailable { backend: &'static str, missing: String },
+
+    #[error("rank {rank}: NCCL: {message}{}", in_call(.call.as_ref()))]
+    Nccl {
+        rank: usize,
+        /// The function of NCCL and its own text.
+        message: String,
+        /// It tells that another rank, or the network, is gone.
+        is_remote: bool,
+        call: Option<Call>,
+    },
+
+    #[error("rank {rank}: MPI: {message}{}", in_call(.call.as_ref()))]
+    Mpi { rank: usize, message: String, call: Option<Call> },
+
+    #[error("cannot write the flight record {}: {source}", .path.display())]
+    FlightRecord { path: PathBuf, source: io::Error },
+
+    #[error(transparent)]
+    Torch(#[from] TorchError),
+
+    #[error(transparent)]
+    Tch(#[from] TchError),
+
     #[error(transparent)]
     Control(#[from] ControlError),
 }
@@ -43,11 +73,16 @@ impl CommError {
     /// The kind under which a rank's error file records this.
     pub fn error_kind(&self) -> ErrorKind {
         match self {
-            CommError::PeerLost { .. } => ErrorKind::PeerLost,
+            // The store ends with its launcher, or with rank 0.
+            CommError::PeerLost { .. }
+            | CommError::PeerGaveUp { .. }
+            | CommError::Nccl { is_remote: true, .. }
+            | CommError::Control(ControlError::StoreLost { .. }) => ErrorKind::PeerLost,
             CommError::Timeout { .. } | CommError::Control(ControlError::BarrierTimeout { .. }) => {
                 ErrorKind::CollectiveTimeout
             }
             CommError::Mismatch { .. } => ErrorKind::CollectiveMismatch,
+            CommError::Unavailable { .. } => ErrorKind::BadInput,
             _ => ErrorKind::Other,
         }
     }
@@ -55,9 +90,11 @@ impl CommError {
     /// The collective that failed, where one did.
     pub fn call(&self) -> Option<&Call> {
         match self {
-            CommError::PeerLost { call, .. } | CommError::Timeout { call, .. } | CommError::Mismatch { call, .. } => {
-                Some(call)
-            }
+            CommError::PeerLost { call, .. }
+            | CommError::PeerGaveUp { call, .. }
+            | CommError::Timeout { call, .. }
+            | CommError::Mismatch { call, .. } => Some(call),
+            CommError::Nccl { call, .. } | CommError::Mpi { call, .. } => call.as_ref(),
             _ => None,
         }
     }
@@ -119,8 +156,16 @@ impl fmt::Display for Call {
     }
 }
 
+/// " in ..." where there is a call.
+fn in_call(call: Option<&Call>) -> String {
+    call.map(|call| format!(" in {call}")).unwrap_or_default()
+}
+
 /// "rank 1" or "ranks 1, 3".
 fn ranks(ranks: &[usize]) -> String {
+    if ranks.is_empty() {
+        return "some rank".into(); // `nccl` cannot always say which
+    }
     let list = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     format!("rank{} {list}", if ranks.len() == 1 { "" } else { "s" })
 }

@@ -37,6 +37,13 @@ pub enum ConfigError {
         micro_batch_size * world_size
     )]
     GlobalBatch { global_batch_size: u64, micro_batch_size: u64, world_size: u64 },
+
+    #[error(
+        "[fsdp] shard_size: expected a divisor of the {world_size} ranks, got {shard_size}{}; set it, or start another \
+         number of ranks",
+        if *.is_default { " (the ranks of a node, which is the default)" } else { "" }
+    )]
+    ShardSize { shard_size: u64, world_size: u64, is_default: bool },
 }
 
 /// The part of a message that says what to do; nothing where there is nothing to say.

@@ -73,6 +73,22 @@ impl JobConfig {
         }
     }
 
+    /// Ranks that a unit is sharded over in a run of `world_size` ranks, `local_world_size` on each node.
+    ///
+    /// # Errors
+    /// [`ConfigError::ShardSize`] if they do not make whole groups.
+    pub fn num_shards(&self, world_size: u64, local_world_size: u64) -> Result<u64, ConfigError> {
+        let shard_size = match self.fsdp.strategy {
+            Strategy::FullShard => world_size,
+            Strategy::HybridShard => self.fsdp.shard_size.unwrap_or(local_world_size),
+        };
+        if world_size.is_multiple_of(shard_size) {
+            Ok(shard_size)
+        } else {
+            Err(ConfigError::ShardSize { shard_size, world_size, is_default: self.fsdp.shard_size.is_none() })
+        }
+    }
+
     /// The rate of step `step`, counted from 1, in a run of `total_steps`; see [`LrScheduler::lr_at`].
     pub fn lr_at(&self, step: u64, total_steps: u64) -> f64 {
         self.lr_scheduler.lr_at(self.optimizer.lr, step, total_steps)
@@ -111,6 +127,8 @@ choices! {
     Strategy {
         /// Parameters, gradients and optimizer state over all ranks.
         FullShard = "full_shard",
+        /// The same over `shard_size` ranks; such groups are replicas, and their gradients are all-reduced.
+        HybridShard = "hybrid_shard",
     }
     /// What makes a unit.
     Wrap {
@@ -119,10 +137,29 @@ choices! {
     }
     /// What carries the collectives.
     Backend {
-        /// The best one for the machine: `shm`.
+        /// The best one for the machine: `nccl` on GPUs, `mpi` on several nodes without, else `shm`.
         Auto = "auto",
-        /// Shared memory between the CPU ranks of one host.
+        /// Shared memory between the ranks of one host. With GPUs, data passes through the host's memory.
         Shm = "shm",
+        /// NCCL, one GPU a rank.
+        Nccl = "nccl",
+        /// MPI, in binaries that are built with the feature `mpi`. With GPUs as for `shm`.
+        Mpi = "mpi",
+    }
+    /// What computes.
+    Device {
+        /// GPUs where there are some, else the CPU.
+        Auto = "auto",
+        Cpu = "cpu",
+        Cuda = "cuda",
+    }
+    /// What of a rank's training state is kept in the host's memory rather than the device's.
+    Offload {
+        None = "none",
+        /// The moments of AdamW.
+        Optimizer = "optimizer",
+        /// The fp32 master weights too.
+        Master = "master",
     }
     /// A floating-point type.
     Dtype {
@@ -175,6 +212,10 @@ pub struct Fsdp {
     /// Units gathered ahead of the one that computes; 0 = none.
     pub prefetch: u64,
     pub backend: Backend,
+    pub device: Device,
+    /// For [`Strategy::HybridShard`]: ranks that a unit is sharded over; `None` = the ranks of a node.
+    pub shard_size: Option<u64>,
+    pub offload: Offload,
     /// How long a rank waits in a collective for the others.
     pub timeout_secs: u64,
 }
@@ -314,6 +355,23 @@ pub struct Metrics {
     /// Steps between two lines on the console; `metrics.jsonl` has every step.
     pub log_every: u64,
     pub tensorboard: bool,
+    /// Steps of which a timeline is written.
+    pub trace_steps: Option<TraceSteps>,
+    /// The device's peak, for the model's share of it (MFU); `None` = from a table of cards.
+    pub peak_tflops: Option<f64>,
+}
+
+/// The steps from `first` to `last`, both included, counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceSteps {
+    pub first: u64,
+    pub last: u64,
+}
+
+impl TraceSteps {
+    pub fn contains(self, step: u64) -> bool {
+        (self.first..=self.last).contains(&step)
+    }
 }
 
 /// `[output]`.

@@ -6,7 +6,7 @@ use crate::raw::{Entry, Place, RawConfig, RawTable, Value};
 /// All tables with their keys.
 pub(crate) const TABLES: &[(&str, &[&str])] = &[
     ("model", &["path", "init"]),
-    ("fsdp", &["strategy", "wrap", "prefetch", "backend", "timeout_secs"]),
+    ("fsdp", &["strategy", "shard_size", "wrap", "prefetch", "backend", "device", "offload", "timeout_secs"]),
     ("precision", &["param", "reduce", "buffer", "override"]),
     ("activation_checkpointing", &["mode"]),
     ("optimizer", &["lr", "betas", "eps", "weight_decay"]),
@@ -28,7 +28,7 @@ pub(crate) const TABLES: &[(&str, &[&str])] = &[
     ("data", &["train", "format", "shuffle", "packing"]),
     ("validation", &["data", "every_steps", "prompts", "max_new_tokens"]),
     ("checkpoint", &["every_steps", "keep", "resume", "async"]),
-    ("metrics", &["log_every", "tensorboard"]),
+    ("metrics", &["log_every", "tensorboard", "trace_steps", "peak_tflops"]),
     ("output", &["dir", "dtype"]),
 ];
 
@@ -64,6 +64,11 @@ const OTHER_TOOLS: &[(&str, &str, &str)] = &[
     ("reshard_after_forward", "fsdp", "strategy"),
     ("fsdp_reshard_after_forward", "fsdp", "strategy"),
     ("fsdp_reshard_after_forward_policy", "fsdp", "strategy"),
+    ("data_parallel_shard_degree", "fsdp", "shard_size"),
+    ("hybrid_sharding_group_size", "fsdp", "shard_size"),
+    ("cpu_offload", "fsdp", "offload"),
+    ("fsdp_offload_params", "fsdp", "offload"),
+    ("fsdp_cpu_offload", "fsdp", "offload"),
     ("auto_wrap_policy", "fsdp", "wrap"),
     ("fsdp_auto_wrap_policy", "fsdp", "wrap"),
     ("fsdp_transformer_layer_cls_to_wrap", "fsdp", "wrap"),
@@ -136,6 +141,8 @@ const OTHER_TOOLS: &[(&str, &str, &str)] = &[
     ("enable_tensorboard", "metrics", "tensorboard"),
     ("use_tensorboard", "metrics", "tensorboard"),
     ("report_to", "metrics", "tensorboard"),
+    ("enable_profiling", "metrics", "trace_steps"),
+    ("profile_freq", "metrics", "trace_steps"),
     ("output_dir", "output", "dir"),
     ("dump_folder", "output", "dir"),
     ("export_dtype", "output", "dtype"),

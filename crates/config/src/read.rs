@@ -13,6 +13,7 @@ use crate::section::Section;
 const MAX_STEPS: u64 = 1_000_000_000_000;
 const MAX_SEQ_LEN: u64 = 1 << 24;
 const MAX_BATCH: u64 = 1 << 20;
+const MAX_RANKS: u64 = 1 << 20;
 /// The step program has a few entries for each unit and microbatch.
 const MAX_ACCUMULATION: u64 = 10_000;
 
@@ -60,13 +61,23 @@ fn model(s: &mut Section) -> Result<Model, ConfigError> {
 }
 
 fn fsdp(s: &mut Section) -> Result<Fsdp, ConfigError> {
+    let strategy =
+        s.choice("strategy", Strategy::CHOICES, &["shard_grad_op", "no_shard"])?.unwrap_or(Strategy::FullShard);
+    let shard_size = match s.integer("shard_size", 1..=MAX_RANKS)? {
+        Some(taken) if strategy != Strategy::HybridShard => {
+            let got = format!("shard_size with strategy = {:?}", strategy.name());
+            return Err(s.wrong(&taken.at, "shard_size", "strategy = \"hybrid_shard\"", got, "remove one of the two"));
+        }
+        taken => taken.map(|taken| taken.value),
+    };
     Ok(Fsdp {
-        strategy: s
-            .choice("strategy", Strategy::CHOICES, &["shard_grad_op", "no_shard", "hybrid_shard"])?
-            .unwrap_or(Strategy::FullShard),
+        strategy,
         wrap: s.choice("wrap", Wrap::CHOICES, &[])?.unwrap_or(Wrap::TransformerBlock),
         prefetch: s.integer("prefetch", 0..=64)?.map_or(1, |taken| taken.value),
-        backend: s.choice("backend", Backend::CHOICES, &["nccl", "mpi"])?.unwrap_or(Backend::Auto),
+        backend: s.choice("backend", Backend::CHOICES, &[])?.unwrap_or(Backend::Auto),
+        device: s.choice("device", Device::CHOICES, &[])?.unwrap_or(Device::Auto),
+        shard_size,
+        offload: s.choice("offload", Offload::CHOICES, &[])?.unwrap_or(Offload::None),
         timeout_secs: s.integer("timeout_secs", 1..=604_800)?.map_or(600, |taken| taken.value),
     })
 }
@@ -262,7 +273,21 @@ fn metrics(s: &mut Section) -> Result<Metrics, ConfigError> {
     Ok(Metrics {
         log_every: s.integer("log_every", 1..=MAX_STEPS)?.map_or(10, |taken| taken.value),
         tensorboard: s.off("tensorboard")?,
+        trace_steps: trace_steps(s)?,
+        peak_tflops: s.number("peak_tflops", "a number above 0", |peak| peak > 0.0)?.map(|taken| taken.value),
     })
+}
+
+/// `"10-12"` or `"10"`.
+fn trace_steps(s: &mut Section) -> Result<Option<TraceSteps>, ConfigError> {
+    const STEPS: &str = "steps counted from 1, such as \"10-12\"";
+    let Some(taken) = s.string("trace_steps", STEPS)? else { return Ok(None) };
+    let number = |text: &str| text.trim().parse::<u64>().ok().filter(|step| (1..=MAX_STEPS).contains(step));
+    let (first, last) = taken.value.split_once('-').unwrap_or((&taken.value, &taken.value));
+    match (number(first), number(last)) {
+        (Some(first), Some(last)) if first <= last => Ok(Some(TraceSteps { first, last })),
+        _ => Err(s.wrong(&taken.at, "trace_steps", STEPS, format!("{:?}", taken.value), "")),
+    }
 }
 
 fn output(s: &mut Section) -> Result<Output, ConfigError> {

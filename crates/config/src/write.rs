@@ -33,9 +33,14 @@ impl JobConfig {
         add("model", "init", self.model.init.name().into());
 
         add("fsdp", "strategy", self.fsdp.strategy.name().into());
+        if let Some(size) = self.fsdp.shard_size {
+            add("fsdp", "shard_size", integer(size));
+        }
         add("fsdp", "wrap", self.fsdp.wrap.name().into());
         add("fsdp", "prefetch", integer(self.fsdp.prefetch));
         add("fsdp", "backend", self.fsdp.backend.name().into());
+        add("fsdp", "device", self.fsdp.device.name().into());
+        add("fsdp", "offload", self.fsdp.offload.name().into());
         add("fsdp", "timeout_secs", integer(self.fsdp.timeout_secs));
 
         add("precision", "param", self.precision.param.name().into());
@@ -109,6 +114,12 @@ impl JobConfig {
 
         add("metrics", "log_every", integer(self.metrics.log_every));
         add("metrics", "tensorboard", self.metrics.tensorboard.into());
+        if let Some(TraceSteps { first, last }) = self.metrics.trace_steps {
+            add("metrics", "trace_steps", format!("{first}-{last}").into());
+        }
+        if let Some(peak) = self.metrics.peak_tflops {
+            add("metrics", "peak_tflops", peak.into());
+        }
 
         add("output", "dir", path(&self.output.dir));
         add("output", "dtype", self.output.dtype.name().into());

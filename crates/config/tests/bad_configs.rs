@@ -162,9 +162,15 @@ const CASES: &[Case] = &[
     // Not built yet.
     case(END, "[fsdp]\nstrategy = \"shard_grad_op\"", "job.toml:11:12: [fsdp] strategy: ", "\"shard_grad_op\", which is not built yet; use \"full_shard\""),
     case(END, "[fsdp]\nstrategy = \"no_shard\"", "job.toml:11:12: [fsdp] strategy: ", "not built yet"),
-    case(END, "[fsdp]\nstrategy = \"hybrid_shard\"", "job.toml:11:12: [fsdp] strategy: ", "not built yet"),
-    case(END, "[fsdp]\nbackend = \"nccl\"", "job.toml:11:11: [fsdp] backend: ", "\"nccl\", which is not built yet; use \"auto\" or \"shm\""),
-    case(END, "[fsdp]\nbackend = \"mpi\"", "job.toml:11:11: [fsdp] backend: ", "not built yet"),
+    case(END, "[fsdp]\nstrategy = \"no_shard\"", "job.toml:11:12: [fsdp] strategy: ", "\"no_shard\", which is not built yet; use \"full_shard\" or \"hybrid_shard\""),
+    case(END, "[fsdp]\nbackend = \"gloo\"", "job.toml:11:11: [fsdp] backend: ", "\"mpi\""),
+    case(END, "[fsdp]\ndevice = \"tpu\"", "job.toml:11:10: [fsdp] device: ", "\"cuda\""),
+    case(END, "[fsdp]\noffload = true", "job.toml:11:11: [fsdp] offload: ", "\"optimizer\""),
+    case(END, "[fsdp]\nshard_size = 2", "job.toml:11:14: [fsdp] shard_size: ", "hybrid_shard"),
+    case(END, "[fsdp]\nstrategy = \"hybrid_shard\"\nshard_size = 0", "job.toml:12:14: [fsdp] shard_size: ", "from 1"),
+    case(END, "[metrics]\ntrace_steps = \"12-10\"", "job.toml:11:15: [metrics] trace_steps: ", "\"10-12\""),
+    case(END, "[metrics]\ntrace_steps = \"0\"", "job.toml:11:15: [metrics] trace_steps: ", "counted from 1"),
+    case(END, "[metrics]\npeak_tflops = 0", "job.toml:11:15: [metrics] peak_tflops: ", "above 0"),
     case(END, "[activation_checkpointing]\nmode = \"selective\"", "job.toml:11:8: [activation_checkpointing] mode: ", "not built yet; use \"full\" or \"none\""),
     case(8, "train = [\"a\"]\nformat = \"chat\"", "job.toml:10:10: [data] format: ", "not built yet"),
     case(8, "train = [\"a\"]\nformat = \"classification\"", "job.toml:10:10: [data] format: ", "not built yet"),
@@ -209,7 +215,7 @@ fn a_flag_that_is_wrong_is_named_as_it_was_typed() {
         ("training.steps=many", "--set training.steps=many: [training] steps: ", "got the string \"many\""),
         ("training.steps=0", "--set training.steps=0: [training] steps: ", "got the integer 0"),
         ("optimizer.betas=[1]", "--set optimizer.betas=[1]: [optimizer] betas: ", "got the integer 1"),
-        ("fsdp.backend=nccl", "--set fsdp.backend=nccl: [fsdp] backend: ", "not built yet"),
+        ("fsdp.strategy=no_shard", "--set fsdp.strategy=no_shard: [fsdp] strategy: ", "not built yet"),
     ] {
         let error = load(BASE.join("\n").as_bytes(), &[set]).unwrap_err();
         let got = message(&error);

@@ -22,10 +22,13 @@ const FULL: &str = "\
 path = \"models/with \\\"quotes\\\" and é\"
 init = \"random\"
 [fsdp]
-strategy = \"full_shard\"
+strategy = \"hybrid_shard\"
+shard_size = 4
 wrap = \"transformer_block\"
 prefetch = 0
 backend = \"shm\"
+device = \"cpu\"
+offload = \"master\"
 timeout_secs = 5
 [precision]
 param = \"fp16\"
@@ -74,6 +77,8 @@ resume = \"out/checkpoints/step-00000010\"
 async = false
 [metrics]
 log_every = 1
+trace_steps = \"10-12\"
+peak_tflops = 989.5
 tensorboard = false
 [output]
 dir = \"out/x\"
@@ -98,6 +103,9 @@ fn a_minimal_config_gets_the_defaults_of_the_interface() {
             wrap: Wrap::TransformerBlock,
             prefetch: 1,
             backend: Backend::Auto,
+            device: Device::Auto,
+            shard_size: None,
+            offload: Offload::None,
             timeout_secs: 600,
         },
         precision: Precision { param: Dtype::Bf16, reduce: Dtype::Fp32, buffer: Dtype::Fp32, overrides: vec![] },
@@ -121,7 +129,7 @@ fn a_minimal_config_gets_the_defaults_of_the_interface() {
         data: Data { train: vec!["a.jsonl".into()], format: Format::Auto, shuffle: true, packing: false },
         validation: None,
         checkpoint: Checkpoint { every_steps: 500, keep: 2, resume: Resume::Auto, async_save: false },
-        metrics: Metrics { log_every: 10, tensorboard: false },
+        metrics: Metrics { log_every: 10, tensorboard: false, trace_steps: None, peak_tflops: None },
         output: Output { dir: "out".into(), dtype: OutputDtype::Auto },
     };
     assert_eq!(config, expected);
@@ -140,7 +148,9 @@ fn the_reference_config_has_every_key_with_its_default() {
         |line: &str| line.starts_with('[') || line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '));
     let all: Vec<&str> =
         text.lines().map(|line| line.strip_prefix("# ").filter(|l| is_toml(l)).unwrap_or(line)).collect();
-    let config = load(&all.join("\n").replace("\"constant\"", "\"wsd\""), &[]);
+    let all_of_them =
+        all.join("\n").replace("\"constant\"", "\"wsd\"").replacen("\"full_shard\"", "\"hybrid_shard\"", 1);
+    let config = load(&all_of_them, &[]);
     assert_eq!(config.precision.overrides.len(), 1);
     assert_eq!(config.validation.as_ref().map(|v| (v.every_steps, v.max_new_tokens)), Some((0, 32)));
     assert_eq!((config.lr_scheduler.min_lr, config.lr_scheduler.decay), (0.0, Portion::Ratio(0.1)));

@@ -6,13 +6,22 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    #[error("environment variable {name} is not set; start ranks with fsdp-launch")]
-    MissingVariable { name: &'static str },
+    #[error(
+        "nothing says which rank this process is (such as RANK or SLURM_PROCID in the environment); start ranks with \
+         fsdp-launch, mpirun or srun"
+    )]
+    NoRank,
+
+    #[error("environment variable {name} is not set; {hint}")]
+    MissingVariable { name: &'static str, hint: &'static str },
 
     #[error("environment variable {name}={value:?} is wrong: expected {expected}")]
     BadVariable { name: &'static str, value: String, expected: String },
 
-    #[error("port {port} of {host} is in use by another process; choose another --master-port")]
+    #[error("node list {list:?}, position {position}: {reason}")]
+    NodeList { list: String, position: usize, reason: String },
+
+    #[error("port {port} of {host} is in use by another process; choose another one (--master-port, or MASTER_PORT)")]
     PortInUse { host: String, port: u16 },
 
     #[error("the store cannot listen on {host}:{port}: {source}")]
@@ -38,6 +47,15 @@ pub enum ControlError {
 
     #[error("{what} is not what this program made: {reason}")]
     Foreign { what: String, reason: String },
+
+    #[error(
+        "{}: expected an output folder that no other run uses, got one in use by {holder}; wait for it, or choose \
+         another folder with --set output.dir=...", .dir.display()
+    )]
+    Locked { dir: PathBuf, holder: String },
+
+    #[error("{}: expected a lock file that can be written, got: {source}", .path.display())]
+    LockFile { path: PathBuf, source: io::Error },
 
     #[error("error file {path}: {reason}")]
     ErrorFile { path: PathBuf, reason: String },

@@ -135,6 +135,27 @@ pub fn read(dir: &Path, rank: usize) -> Result<Option<ErrorRecord>, ControlError
     Ok(Some(record))
 }
 
+/// Removes the records of all ranks, which earlier runs left, and which would be taken for this run's.
+///
+/// # Errors
+/// The folder cannot be read, or a record not removed.
+pub fn remove_all(dir: &Path) -> Result<(), ControlError> {
+    let remove = || -> std::io::Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with("error-rank-") && name.ends_with(".json") {
+                std::fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    };
+    remove().map_err(|e| {
+        let reason = format!("cannot remove the records of an earlier run: {e}");
+        ControlError::ErrorFile { path: dir.to_owned(), reason }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,6 +170,8 @@ mod tests {
         write(dir.path(), &record).unwrap();
         assert_eq!(read(dir.path(), 3).unwrap(), Some(record));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        remove_all(dir.path()).unwrap();
+        assert_eq!(read(dir.path(), 3).unwrap(), None);
     }
 
     #[test]

@@ -2,13 +2,16 @@
 //!
 //! The two ends of each channel are in one module, so that a name, a layout or a number exists once.
 //!
-//! - [`mod@env`]: the variables that the launcher sets and a worker reads.
+//! - [`mod@env`]: a rank's place in the run, from our launcher's variables, MPI's or SLURM's.
 //! - [`exit`]: the exit statuses of every program of a run.
 //! - [`store`]: key-value store over TCP for rendezvous (server and client).
-//! - [`lifeline`]: ranks die with their launcher; process groups and inherited descriptors.
+//! - [`lifeline`]: ranks die with their launcher, or with each other; process groups and inherited descriptors.
+//! - [`lock`]: one run at a time has an output folder.
 //! - [`progress`]: counters in shared memory, from which the launcher sees where each rank is.
+//! - [`slurm`]: what SLURM tells a task of a job step; node lists.
 //! - [`stop`]: signals that ask a rank to stop set a flag.
 //! - [`error_file`]: a failed rank's record of why it failed.
+//! - [`failures`]: the failures of a run in order, for ranks that no launcher watches.
 //! - [`memory`]: anonymous shared memory (`memfd`), which also carries the `shm` process group.
 //!
 //! Nothing here prints, and nothing here knows what a tensor or a training step is.
@@ -16,9 +19,12 @@
 pub mod env;
 pub mod error_file;
 pub mod exit;
+pub mod failures;
 pub mod lifeline;
+pub mod lock;
 pub mod memory;
 pub mod progress;
+pub mod slurm;
 pub mod stop;
 pub mod store;
 

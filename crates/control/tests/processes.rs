@@ -6,10 +6,13 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use fsdp_control::env::WorkerEnv;
-use fsdp_control::lifeline::{self, Lifeline};
+use fsdp_control::env::{StartedBy, WorkerEnv};
+use fsdp_control::error_file::{ErrorKind, ErrorRecord};
+use fsdp_control::lifeline::{self, Lifeline, Loss};
 use fsdp_control::progress::{Op, Progress};
 use fsdp_control::stop::StopFlag;
+use fsdp_control::store::{Store, StoreServer};
+use fsdp_control::{ExitStatus, failures};
 use rustix::process::{Pid, Signal};
 
 const LONG: Duration = Duration::from_secs(10);
@@ -24,6 +27,8 @@ fn command(role: &str) -> Command {
 
 fn spawn_rank(role: &str, lifeline: &Lifeline, progress: &Progress) -> Child {
     let env = WorkerEnv {
+        started_by: StartedBy::Launcher,
+        run_id: None,
         rank: 0,
         local_rank: 0,
         world_size: 1,
@@ -100,7 +105,73 @@ fn role() {
             }
             println!("stopped by {}", stop.signal_name().unwrap());
         }
+        "store" => {
+            let server = StoreServer::bind(("127.0.0.1", 0)).unwrap();
+            println!("port {}", server.local_addr().port());
+            std::thread::sleep(LONG);
+        }
+        // Ranks that no launcher started: the store is their lifeline.
+        role @ ("store-rank" | "store-rank-stuck" | "store-rank-over") => {
+            let env = WorkerEnv::from_env().unwrap();
+            let addr = (env.master_addr.as_str(), env.master_port);
+            let will = ErrorRecord::new(env.rank, 0, ErrorKind::Signal, "gone".into(), ExitStatus::Failed);
+            let is_stuck = role == "store-rank-stuck";
+            let lifeline = lifeline::watch_store(addr, LONG, Duration::from_millis(200), &will, move |loss| {
+                let what = match loss {
+                    Loss::Store(_) => "the store".to_owned(),
+                    Loss::Ranks(records) => {
+                        let cause = failures::first_cause(&records).unwrap();
+                        format!("rank {}, {}", cause.rank, cause.message)
+                    }
+                };
+                println!("lost {what}");
+                if is_stuck {
+                    std::thread::sleep(LONG);
+                }
+                ExitStatus::Stopped
+            });
+            let lifeline = lifeline.unwrap();
+            println!("ready");
+            if role == "store-rank-over" {
+                lifeline.let_go();
+                println!("let go");
+            }
+            std::thread::sleep(LONG);
+        }
         other => panic!("no role {other:?}"),
+    }
+}
+
+/// A rank whose store is at `port`.
+fn spawn_store_rank(role: &str, rank: usize, port: u16) -> Child {
+    let env = WorkerEnv {
+        started_by: StartedBy::Launcher,
+        run_id: None,
+        rank,
+        local_rank: rank,
+        world_size: 8,
+        local_world_size: 8,
+        group_rank: 0,
+        master_addr: "127.0.0.1".into(),
+        master_port: port,
+        lifeline_fd: None,
+        progress_fd: None,
+        terminal_width: None,
+    };
+    let mut rank = command(role).envs(env.vars()).spawn().unwrap();
+    wait_for_line(&mut rank, "ready");
+    rank
+}
+
+/// The child's status, which must come within a few seconds.
+fn status_of(child: &mut Child) -> Option<i32> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        assert!(start.elapsed() < Duration::from_secs(5), "it lives on");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -189,4 +260,43 @@ fn each_stop_signal_sets_the_flag() {
         wait_for_line(&mut rank, "stopped by SIG");
         assert!(rank.wait().unwrap().success());
     }
+}
+
+#[test]
+fn ranks_without_a_launcher_die_with_the_store() {
+    let mut store = command("store").spawn().unwrap();
+    let port = wait_for_line(&mut store, "port ").rsplit(' ').next().unwrap().parse().unwrap();
+    let mut rank = spawn_store_rank("store-rank", 1, port);
+    let mut stuck = spawn_store_rank("store-rank-stuck", 2, port);
+    let mut over = spawn_store_rank("store-rank-over", 3, port);
+    wait_for_line(&mut over, "let go");
+    store.kill().unwrap();
+    store.wait().unwrap();
+    wait_for_line(&mut rank, "lost the store");
+    assert_eq!(status_of(&mut rank), Some(75), "the status that its last words gave");
+    assert_eq!(status_of(&mut stuck), Some(1), "last words that do not end");
+    assert_eq!(over.try_wait().unwrap(), None, "a rank that has let go ends by itself");
+    over.kill().unwrap();
+    over.wait().unwrap();
+}
+
+#[test]
+fn ranks_without_a_launcher_die_with_each_other_and_know_who_was_first() {
+    let server = StoreServer::bind(("127.0.0.1", 0)).unwrap();
+    let port = server.local_addr().port();
+    let (mut victim, mut survivor) = (spawn_store_rank("store-rank", 5, port), spawn_store_rank("store-rank", 1, port));
+    // One that ends in order is no failure.
+    let mut over = spawn_store_rank("store-rank-over", 3, port);
+    wait_for_line(&mut over, "let go");
+    over.kill().unwrap();
+    over.wait().unwrap();
+    let mut store = Store::connect(("127.0.0.1", port), LONG).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(failures::list(&mut store).unwrap(), []);
+    assert_eq!(survivor.try_wait().unwrap(), None);
+
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    wait_for_line(&mut survivor, "lost rank 5, gone");
+    assert_eq!(status_of(&mut survivor), Some(75));
 }

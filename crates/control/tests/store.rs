@@ -89,6 +89,40 @@ fn a_barrier_names_the_ranks_that_did_not_arrive() {
 }
 
 #[test]
+fn appended_values_follow_each_other() {
+    let server = server();
+    let mut store = client(&server);
+    store.append("log", b"a").unwrap();
+    store.append("log", b"bc").unwrap();
+    assert_eq!(store.get("log", LONG).unwrap(), b"abc");
+    store.set("full", &vec![0; MAX_VALUE_BYTES]).unwrap();
+    let error = store.append("full", b"x").unwrap_err();
+    assert!(error.to_string().contains("append of key \"full\": the value would have more than"), "{error}");
+}
+
+#[test]
+fn a_will_is_done_when_its_connection_ends_unless_it_was_taken_back() {
+    let server = server();
+    let (mut heir, mut first, mut second, mut third) =
+        (client(&server), client(&server), client(&server), client(&server));
+    first.will("log", b"not this").unwrap();
+    first.will("log", b"first").unwrap();
+    second.will("log", b"second").unwrap();
+    third.will("log", b"third").unwrap();
+    assert!(heir.get("log", SHORT).is_err(), "nobody has ended");
+    assert!(!server.wait_for_wills(SHORT));
+    second.will("log", b"").unwrap();
+    drop((first, second));
+    assert_eq!(heir.get("log", LONG).unwrap(), b"first");
+    drop(third);
+    let start = Instant::now();
+    while heir.get("log", LONG).unwrap() != b"firstthird" {
+        assert!(start.elapsed() < LONG);
+    }
+    assert!(server.wait_for_wills(LONG));
+}
+
+#[test]
 fn a_port_in_use_is_named_at_once() {
     let server = server();
     let port = server.local_addr().port();

@@ -1,17 +1,26 @@
 //! One rank's engine: executes a step program on tensors.
+//!
+//! The host walks the program and gives work to the device; it waits only where a collective of a host back end does, and
+//! in [`Engine::finish_step`]. What a step decides (clip factor, whether to update, loss scale) stays on the device, so a
+//! step may be started before the host has read what became of the last one.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use fsdp_comm::{GatherBuffer, ProcessGroup, ReduceBuffer, ReduceOp};
-use fsdp_model::{Activations, BatchShape, Block, Embedding, Head, RopeTables, kind};
-use fsdp_plan::{Dtype, Keep, Plan, Step, UnitId, UnitKind};
-use tch::Tensor;
+use fsdp_comm::{GatherBuffer, ReduceBuffer, ReduceOp, Work};
+use fsdp_model::{BatchShape, Block, Head, RopeTables, kind};
+use fsdp_plan::{Dtype, Offload, Plan, Step, UnitId};
+use fsdp_torch_ext::{Event, Stream, pinned};
+use tch::{Device, Kind, Tensor};
 
-use crate::non_finite::is_finite;
 use crate::optimizer::Optimizer;
-use crate::state::Piece;
+use crate::pass::{HeadMode, Pass, to_device};
+use crate::scaler::{DeviceScaler, MIN_SCALE};
+use crate::state::{ParamShard, Piece};
+use crate::timeline::{Lane, Span, Timeline};
 use crate::unit::UnitState;
-use crate::{AdamWConfig, EngineError, LossScaler};
+use crate::update::GradParts;
+use crate::{AdamWConfig, EngineError, Groups, LossScaler, MicroBatch};
 
 /// Settings of the engine that the plan does not hold.
 #[derive(Debug, Clone, Copy)]
@@ -25,18 +34,9 @@ pub struct EngineConfig {
     pub max_grad_norm: Option<f64>,
 }
 
-/// One microbatch of this rank: `micro_batch_size` sequences of `seq_len` tokens, flattened.
-#[derive(Debug)]
-pub struct MicroBatch {
-    pub ids: Tensor,     // i64 [N]
-    pub targets: Tensor, // i64 [N], -100 for ignored
-    pub num_valid_tokens: u64,
-}
-
-impl MicroBatch {
-    /// From token ids and targets, -100 for ignored.
-    pub fn new(ids: &[i64], targets: &[i64], num_valid_tokens: u64) -> Self {
-        MicroBatch { ids: Tensor::from_slice(ids), targets: Tensor::from_slice(targets), num_valid_tokens }
+impl EngineConfig {
+    pub(crate) fn batch_shape(&self) -> BatchShape {
+        BatchShape { batch: self.micro_batch_size as i64, seq_len: self.seq_len as i64 }
     }
 }
 
@@ -55,6 +55,19 @@ pub struct StepReport {
     pub stop: bool,
     /// Time in which this rank waited for, or executed, collectives.
     pub comm_time: Duration,
+    /// The most memory that a rank has had so far; the largest over ranks.
+    pub peak_memory_bytes: u64,
+}
+
+/// A training step that the device works on; [`Engine::finish_step`] tells what became of it.
+#[derive(Debug)]
+#[must_use = "a started step ends in Engine::finish_step"]
+pub struct StartedStep {
+    batches: Vec<MicroBatch>,
+    verdict: Tensor, // f64 [6] in the host's memory, see `Engine::update`
+    /// The verdict is there.
+    done: Event,
+    comm_time: Duration,
 }
 
 /// One rank's part of the model, its optimizer, and what a step needs.
@@ -62,80 +75,38 @@ pub struct StepReport {
 pub struct Engine {
     pub(crate) plan: Plan,
     pub(crate) config: EngineConfig,
-    pub(crate) pg: ProcessGroup,
+    pub(crate) device: Device,
+    pub(crate) groups: Groups,
     pub(crate) units: Vec<UnitState>,
     pub(crate) slots: Vec<GatherBuffer>,
     pub(crate) grad_buffers: Vec<ReduceBuffer>,
     pub(crate) pieces: Vec<Piece>,
     pub(crate) optimizer: Optimizer,
-    blocks: Vec<Block>,
-    head: Head,
-    rope: RopeTables,
-    pub(crate) scaler: Option<LossScaler>,
+    pub(crate) grad_parts: GradParts,
+    /// What is gathered where the master weights are offloaded; else empty.
+    pub(crate) param_shards: Vec<ParamShard>,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) head: Head,
+    pub(crate) rope: RopeTables,
+    pub(crate) scaler: Option<DeviceScaler>,
+    /// 1 from a step on that was not finite: no later one changes anything until the host has seen it. f32 `[]`
+    pub(crate) halted: Tensor,
     /// Units whose all-gather was asked for while a rank still read the slot; done at the latest when waited for.
     deferred: Vec<UnitId>,
-}
-
-/// What a block's forward left for its backward.
-#[derive(Debug)]
-enum Kept {
-    Input(Tensor),
-    Activations(Activations),
-}
-
-/// Values that travel through one pass over the program.
-#[derive(Debug)]
-pub(crate) struct Pass<'a> {
-    batches: &'a [MicroBatch],
-    /// Output of the last forward, or gradient for the next backward: `[N, D]`.
-    flow: Option<Tensor>,
-    kept: Vec<Option<Kept>>,
-    pub(crate) loss_sum: f64,
-    /// Factor of the loss whose gradient is computed.
-    grad_of_loss: f64,
-    pub(crate) num_tokens: u64,
-    pub(crate) comm_time: Duration,
-    head: HeadMode<'a>,
-    /// Looks for the first unit whose output is not finite.
-    find_non_finite: bool,
-    first_non_finite: Option<UnitId>,
-}
-
-/// What the head does in a forward-only pass.
-#[derive(Debug)]
-enum HeadMode<'a> {
-    /// Adds to the loss.
-    Loss,
-    /// The most likely next token after each of these rows.
-    NextTokens { rows: &'a Tensor, tokens: Option<Tensor> },
-}
-
-impl<'a> Pass<'a> {
-    fn new(batches: &'a [MicroBatch], num_units: usize, head: HeadMode<'a>) -> Self {
-        Pass {
-            batches,
-            flow: None,
-            kept: (0..num_units).map(|_| None).collect(),
-            loss_sum: 0.0,
-            grad_of_loss: 0.0,
-            num_tokens: 0,
-            comm_time: Duration::ZERO,
-            head,
-            find_non_finite: false,
-            first_non_finite: None,
-        }
-    }
-
-    fn take_flow(&mut self) -> Tensor {
-        self.flow.take().expect("a program starts with the embedding and passes on every output")
-    }
+    /// Sums of gradients between replicas that are under way, by unit.
+    replica_sums: Vec<Option<Work>>,
+    /// What is traced, while it is.
+    pub(crate) timeline: Option<Timeline>,
 }
 
 impl Engine {
     /// Allocates everything that lives as long as the job. Collective: all ranks call it with the same plan.
-    pub fn new(plan: Plan, config: EngineConfig, mut pg: ProcessGroup) -> Result<Self, EngineError> {
-        let (rank, world_size) = (pg.rank(), pg.world_size());
-        assert_eq!(world_size, plan.world_size);
+    pub fn new(plan: Plan, config: EngineConfig, mut groups: Groups) -> Result<Self, EngineError> {
+        assert_eq!(groups.world().world_size(), plan.world_size());
+        let device = groups.world().device();
+        let pg = groups.shards();
+        let (rank, num_shards) = (pg.rank(), pg.world_size());
+        assert_eq!(num_shards, plan.num_shards);
 
         let mut numel = 0;
         let mut shard_starts: Vec<Vec<usize>> = Vec::new();
@@ -143,7 +114,7 @@ impl Engine {
         for (unit, layout) in plan.layouts.iter().enumerate() {
             let mut starts = Vec::new();
             for group in &layout.groups {
-                let shard = group.shard(rank, world_size);
+                let shard = group.shard(rank, num_shards);
                 for p in &group.params {
                     if let Some(piece) = p.in_shard(&shard) {
                         pieces.push(Piece {
@@ -161,7 +132,8 @@ impl Engine {
             }
             shard_starts.push(starts);
         }
-        let optimizer = Optimizer::new(config.adamw, &plan.layouts, &shard_starts, numel, (rank, world_size))?;
+        let place = (rank, num_shards);
+        let optimizer = Optimizer::new(config.adamw, &plan.layouts, &shard_starts, numel, place, device, plan.offload)?;
 
         let mut slots = Vec::new();
         for (i, &bytes) in plan.slots.slot_bytes.iter().enumerate() {
@@ -172,96 +144,166 @@ impl Engine {
             grad_buffers.push(pg.new_reduce_buffer(&format!("gradient buffer {i}"), bytes)?);
         }
         let mut units = Vec::new();
+        let mut param_shards = Vec::new();
         for (id, (unit, layout)) in plan.units.iter().zip(&plan.layouts).enumerate() {
             let shards: Vec<_> = layout
                 .groups
                 .iter()
                 .zip(&shard_starts[id])
-                .map(|(group, &start)| start..start + group.shard_numel(world_size))
+                .map(|(group, &start)| start..start + group.shard_numel(num_shards))
                 .collect();
+            let mut masters = Vec::new();
+            for (group, shard) in layout.groups.iter().zip(&shards) {
+                let (start, len) = (shard.start as i64, shard.len() as i64);
+                masters.push(match plan.offload {
+                    Offload::None | Offload::Optimizer => optimizer.master.f_narrow(0, start, len)?,
+                    Offload::Master => {
+                        let tensor = Tensor::f_zeros([len], (kind(group.param_dtype), device))?;
+                        param_shards.push(ParamShard { flat: shard.clone(), tensor: tensor.shallow_clone() });
+                        tensor
+                    }
+                });
+            }
             units.push(UnitState::new(
                 &unit.name,
                 layout,
                 &slots[plan.slots.slot_of_unit[id]],
                 &grad_buffers[plan.slots.grad_of_unit[id]],
-                (&optimizer.master, &optimizer.grad_shards),
+                (masters, &optimizer.grad_shards),
                 &shards,
                 rank,
             )?);
         }
 
+        let grad_parts = GradParts::new(&pieces, &optimizer.grad_shards)?;
         let arch = &plan.arch;
         let blocks = (0..arch.num_layers).map(|i| Block::new(arch, i, config.seq_len)).collect();
-        let head = Head::new(arch.vocab_size, arch.rms_norm_eps);
-        let rope = RopeTables::new(arch, config.seq_len, config.buffer_dtype)?;
-        let scaler = (plan.compute_dtype == Dtype::Fp16).then(LossScaler::default);
+        let head = Head::new(arch.vocab_size, arch.rms_norm_eps, device);
+        let rope = RopeTables::new(arch, config.seq_len, config.buffer_dtype, device)?;
+        let scaler = match plan.compute_dtype {
+            Dtype::Fp16 => Some(DeviceScaler::new(LossScaler::default(), device)?),
+            Dtype::Fp32 | Dtype::Bf16 => None,
+        };
         Ok(Engine {
+            replica_sums: (0..units.len()).map(|_| None).collect(),
             plan,
             config,
-            pg,
+            device,
+            groups,
             units,
             slots,
             grad_buffers,
             pieces,
             optimizer,
+            grad_parts,
+            param_shards,
             blocks,
             head,
             rope,
             scaler,
+            halted: Tensor::f_zeros([1i64; 0], (Kind::Float, device))?,
             deferred: vec![],
+            timeline: None,
         })
+    }
+
+    /// [`Engine::start_step`] and [`Engine::finish_step`].
+    pub fn train_step(&mut self, batches: Vec<MicroBatch>, lr: f64, stop: bool) -> Result<StepReport, EngineError> {
+        let started = self.start_step(batches, lr, stop)?;
+        self.finish_step(started)
     }
 
     /// One optimizer step over this rank's microbatches, which must be as many as the plan's accumulation. Collective.
     /// `stop` is this rank's wish to stop after the step; the report has the wish of any rank.
-    pub fn train_step(&mut self, batches: &[MicroBatch], lr: f64, stop: bool) -> Result<StepReport, EngineError> {
-        let accumulation = self.plan.training.iter().filter(|step| matches!(step, Step::Loss { .. })).count();
-        assert_eq!(batches.len(), accumulation, "microbatches of a step");
-        let mut pass = Pass::new(batches, self.units.len(), HeadMode::Loss);
-        let mut report =
-            StepReport { loss: 0.0, grad_norm: 0.0, num_tokens: 0, skipped: false, stop, comm_time: Duration::ZERO };
-        for i in 0..self.plan.training.len() {
-            match self.plan.training[i] {
-                Step::CountTokens => {
-                    (pass.num_tokens, report.stop) = self.count_tokens(&mut pass, stop)?;
-                    pass.grad_of_loss = self.loss_scale() / pass.num_tokens as f64;
-                }
-                Step::ClipGrads => (report.loss, report.grad_norm) = self.loss_and_grad_norm(&mut pass)?,
-                Step::OptimizerStep => report.skipped = !self.optimizer_step(&report, batches, lr)?,
-                step => self.execute(step, &mut pass)?,
-            }
+    pub fn start_step(&mut self, batches: Vec<MicroBatch>, lr: f64, stop: bool) -> Result<StartedStep, EngineError> {
+        let mut pass = Pass::new(&batches, self.units.len(), HeadMode::Loss, self.device)?;
+        let num_stops = self.backward_pass(&mut pass, stop)?;
+        let start = self.mark()?;
+        let verdict = self.update(&mut pass, &num_stops, lr)?;
+        if let (Some(timeline), Some(start)) = (&mut self.timeline, start) {
+            timeline.span(Lane::Compute, "clip gradients, optimizer step".to_string(), start)?;
         }
-        report.num_tokens = pass.num_tokens;
-        report.comm_time = pass.comm_time;
-        Ok(report)
+        let comm_time = pass.comm_time;
+        let mut done = Event::new(self.device)?;
+        done.record(&Stream::current(self.device)?)?;
+        Ok(StartedStep { batches, verdict, done, comm_time })
     }
 
-    /// Loss summed over the valid tokens of all ranks, and their number; no gradients. Collective.
+    /// Waits for the step's end. Steps are finished in the order of their starts.
+    ///
+    /// # Errors
+    /// The step had no valid token, or something was not finite: it has changed nothing, and neither has any later one.
+    pub fn finish_step(&mut self, step: StartedStep) -> Result<StepReport, EngineError> {
+        step.done.synchronize()?;
+        let verdict = Vec::<f64>::try_from(&step.verdict)?;
+        let &[loss, grad_norm, num_tokens, num_stops, scale, peak_memory_bytes] = verdict.as_slice() else {
+            unreachable!("a verdict has six numbers");
+        };
+        let skipped = self.scaler.is_some() && !grad_norm.is_finite() && loss.is_finite() && scale >= MIN_SCALE;
+        let is_finite = loss.is_finite() && grad_norm.is_finite();
+        if !is_finite && !skipped {
+            let _ = self.halted.f_zero_()?;
+            return Err(match num_tokens {
+                0.0 => EngineError::NoValidToken,
+                _ => EngineError::NonFinite(self.find_non_finite(&step.batches)?),
+            });
+        }
+        Ok(StepReport {
+            loss,
+            grad_norm,
+            num_tokens: num_tokens as u64,
+            skipped,
+            stop: num_stops > 0.0,
+            comm_time: step.comm_time,
+            peak_memory_bytes: peak_memory_bytes as u64,
+        })
+    }
+
+    /// The program up to where all gradients are reduced; returns how many ranks want to stop, f64 `[]`.
+    pub(crate) fn backward_pass(&mut self, pass: &mut Pass<'_>, stop: bool) -> Result<Tensor, EngineError> {
+        let accumulation = self.plan.training.iter().filter(|step| matches!(step, Step::Loss { .. })).count();
+        assert_eq!(pass.batches.len(), accumulation, "microbatches of a step");
+        let mut num_stops = None;
+        for i in 0..self.plan.training.len() {
+            match self.plan.training[i] {
+                Step::CountTokens => num_stops = Some(self.count_tokens(pass, stop)?),
+                // By `update`, in this order.
+                Step::ClipGrads | Step::OptimizerStep => {}
+                step => self.execute(step, pass)?,
+            }
+        }
+        Ok(num_stops.expect("a training program counts tokens"))
+    }
+
+    /// Loss summed over the valid tokens of all ranks, and their number; no gradients. Collective. Waits for the device.
     pub fn evaluate(&mut self, batch: &MicroBatch) -> Result<(f64, u64), EngineError> {
-        let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss);
+        let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss, self.device)?;
         self.forward_only(&mut pass)?;
-        let sums = Tensor::from_slice(&[pass.loss_sum, batch.num_valid_tokens as f64]);
-        self.pg.all_reduce(&sums, ReduceOp::Sum)?;
-        Ok((sums.f_double_value(&[0])?, sums.f_double_value(&[1])? as u64))
+        let tokens = Tensor::f_full_like(&pass.loss_sum, batch.num_valid_tokens as f64)?;
+        let sums = Tensor::f_stack(&[&pass.loss_sum, &tokens], 0)?;
+        self.groups.world().all_reduce(&sums, ReduceOp::Sum)?;
+        let sums = Vec::<f64>::try_from(sums)?;
+        Ok((sums[0], sums[1] as u64))
     }
 
     /// The most likely next token after each of `rows` (i64, indices into the flattened microbatch). Collective.
-    pub fn next_tokens(&mut self, batch: &MicroBatch, rows: &Tensor) -> Result<Tensor, EngineError> {
-        let head = HeadMode::NextTokens { rows, tokens: None };
-        let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), head);
+    pub fn next_tokens(&mut self, batch: &MicroBatch, rows: &[i64]) -> Result<Vec<i64>, EngineError> {
+        let rows = to_device(rows, self.device)?;
+        let head = HeadMode::NextTokens { rows: &rows, tokens: None };
+        let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), head, self.device)?;
         self.forward_only(&mut pass)?;
         match pass.head {
-            HeadMode::NextTokens { tokens: Some(tokens), .. } => Ok(tokens),
+            HeadMode::NextTokens { tokens: Some(tokens), .. } => Ok(Vec::try_from(tokens)?),
             _ => unreachable!("the forward-only program ends with the head"),
         }
     }
 
     /// The first unit whose output is not finite on this rank. Collective.
     pub(crate) fn first_non_finite_output(&mut self, batch: &MicroBatch) -> Result<Option<UnitId>, EngineError> {
-        let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss);
+        let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss, self.device)?;
         pass.find_non_finite = true;
         self.forward_only(&mut pass)?;
-        let head_overflowed = !pass.loss_sum.is_finite();
+        let head_overflowed = !pass.loss_sum.f_double_value(&[])?.is_finite();
         Ok(pass.first_non_finite.or(head_overflowed.then_some(self.units.len() - 1)))
     }
 
@@ -274,31 +316,44 @@ impl Engine {
 
     /// One step of a program, except those of the whole batch.
     fn execute(&mut self, step: Step, pass: &mut Pass<'_>) -> Result<(), EngineError> {
+        let start = self.mark()?;
         match step {
             Step::StartUnshard(u) => self.start_unshard(u)?,
-            Step::WaitUnshard(u) => pass.comm_time += timed(|| self.wait_unshard(u))?,
-            Step::Forward { unit, microbatch, keep } => self.forward(unit, microbatch, keep, pass)?,
-            Step::Loss { unit, microbatch } => self.loss(unit, microbatch, pass)?,
-            Step::Backward { unit, microbatch } => self.backward(unit, microbatch, pass)?,
+            Step::WaitUnshard(u) => {
+                pass.comm_time += timed(|| self.wait_unshard(u))?;
+                self.span(Lane::Wait, "wait for all-gather", u, start)?;
+            }
+            Step::Forward { unit, microbatch, keep } => {
+                self.forward(unit, microbatch, keep, pass)?;
+                self.span(Lane::Compute, "forward", unit, start)?;
+            }
+            Step::Loss { unit, microbatch } => {
+                self.loss(unit, microbatch, pass)?;
+                self.span(Lane::Compute, "loss", unit, start)?;
+            }
+            Step::Backward { unit, microbatch } => {
+                self.backward(unit, microbatch, pass)?;
+                self.span(Lane::Compute, "backward", unit, start)?;
+            }
             Step::Release(u) => {
-                self.pg.release(&mut self.slots[self.plan.slots.slot_of_unit[u]])?;
+                self.groups.shards().release(&mut self.slots[self.plan.slots.slot_of_unit[u]])?;
                 self.retry_deferred()?;
             }
             Step::StartReduce(u) => {
-                let buffer = &mut self.grad_buffers[self.plan.slots.grad_of_unit[u]];
-                self.units[u].start_reduce(&mut self.pg, buffer)?;
+                self.start_reduce(u)?;
                 self.retry_deferred()?;
             }
             Step::WaitReduce { unit, accumulate } => {
-                let buffer = &mut self.grad_buffers[self.plan.slots.grad_of_unit[unit]];
-                let state = &self.units[unit];
-                pass.comm_time += timed(|| Ok(state.wait_reduce(&mut self.pg, buffer, accumulate)?))?;
+                pass.comm_time += timed(|| self.wait_reduce(unit, accumulate))?;
+                self.span(Lane::Wait, "wait for reduce-scatter", unit, start)?;
+            }
+            Step::StartAllReduce(u) => self.start_all_reduce(u)?,
+            Step::WaitAllReduce(u) => {
+                pass.comm_time += timed(|| self.wait_all_reduce(u))?;
+                self.span(Lane::Wait, "wait for all-reduce", u, start)?;
             }
             Step::CountTokens | Step::ClipGrads | Step::OptimizerStep => {
-                unreachable!("{step} belongs to train_step")
-            }
-            Step::StartAllReduce(_) | Step::WaitAllReduce(_) => {
-                unreachable!("strategies with replicas are refused by the config")
+                unreachable!("{step} is of the whole batch")
             }
         }
         Ok(())
@@ -314,11 +369,11 @@ impl Engine {
         // In order of their starts, so that gathers keep the program's order among themselves on every rank.
         while let Some(&unit) = self.deferred.first() {
             let slot = &mut self.slots[self.plan.slots.slot_of_unit[unit]];
-            if !self.pg.try_begin_write(slot)? {
+            if !self.groups.shards().try_begin_write(slot)? {
                 break;
             }
             self.deferred.remove(0);
-            self.units[unit].write_and_start_all_gather(&mut self.pg, slot)?;
+            self.write_and_start_all_gather(unit)?;
         }
         Ok(())
     }
@@ -327,114 +382,129 @@ impl Engine {
         while self.deferred.contains(&unit) {
             let first = self.deferred[0];
             let slot = &mut self.slots[self.plan.slots.slot_of_unit[first]];
-            self.pg.begin_write(slot, &self.units[first].name)?;
+            self.groups.shards().begin_write(slot, &self.units[first].name)?;
             self.deferred.remove(0);
-            self.units[first].write_and_start_all_gather(&mut self.pg, slot)?;
+            self.write_and_start_all_gather(first)?;
         }
-        Ok(self.pg.wait_all_gather(&mut self.slots[self.plan.slots.slot_of_unit[unit]])?)
-    }
-
-    fn forward(&mut self, unit: UnitId, microbatch: usize, keep: Keep, pass: &mut Pass<'_>) -> Result<(), EngineError> {
-        let batch = &pass.batches[microbatch];
-        let params = &self.units[unit].params;
-        let y = match self.plan.units[unit].kind {
-            UnitKind::Embedding => Embedding::forward(&params[0], &batch.ids, kind(self.plan.compute_dtype))?,
-            UnitKind::Block(layer) => {
-                let x = pass.take_flow();
-                let input = x.shallow_clone();
-                let (y, activations) = self.blocks[layer].forward(params, x, &self.rope, self.batch_shape())?;
-                pass.kept[unit] = match keep {
-                    Keep::Nothing => None,
-                    Keep::Input => Some(Kept::Input(input)),
-                    Keep::Activations => Some(Kept::Activations(activations)),
-                };
-                y
-            }
-            UnitKind::Head => {
-                let x = pass.take_flow();
-                let (norm, weight) = (&params[0], self.head_weight(unit));
-                match &mut pass.head {
-                    HeadMode::Loss => pass.loss_sum += self.head.loss(norm, weight, &x, &batch.targets)?,
-                    HeadMode::NextTokens { rows, tokens } => {
-                        *tokens = Some(self.head.argmax(norm, weight, &x, rows)?);
-                    }
-                }
-                return Ok(());
-            }
-        };
-        if pass.find_non_finite && pass.first_non_finite.is_none() && !is_finite(&y)? {
-            pass.first_non_finite = Some(unit);
+        self.groups.shards().wait_all_gather(&mut self.slots[self.plan.slots.slot_of_unit[unit]])?;
+        if self.device == Device::Cpu {
+            self.close_span(Lane::Gather, unit)?;
         }
-        pass.flow = Some(y);
         Ok(())
     }
 
-    fn loss(&mut self, unit: UnitId, microbatch: usize, pass: &mut Pass<'_>) -> Result<(), EngineError> {
-        let tied = self.plan.arch.tie_word_embeddings;
-        pass.comm_time += timed(|| {
-            self.begin_reduce(unit)?;
-            if tied { self.begin_reduce(0) } else { Ok(()) }
-        })?;
-        let x = pass.take_flow();
-        let head_grad = if tied { &self.units[0].grads[0] } else { &self.units[unit].grads[1] };
-        let out = self.head.loss_and_backward(
-            &self.units[unit].params[0],
-            self.head_weight(unit),
-            &self.units[unit].grads[0],
-            head_grad,
-            &x,
-            &pass.batches[microbatch].targets,
-            pass.grad_of_loss,
-        )?;
-        pass.loss_sum += out.loss_sum;
-        pass.flow = Some(out.dx);
+    /// Casts this rank's shard into its range of the slot, which all ranks have released, and starts the all-gather.
+    fn write_and_start_all_gather(&mut self, unit: UnitId) -> Result<(), EngineError> {
+        let pg = self.groups.shards();
+        let _on = pg.enter_gather_stream()?;
+        let state = &mut self.units[unit];
+        if let Some(timeline) = &mut self.timeline {
+            timeline.open(Lane::Gather, &state.name)?;
+        }
+        state.write_and_start_all_gather(pg, &mut self.slots[self.plan.slots.slot_of_unit[unit]])?;
+        if self.device != Device::Cpu {
+            self.close_span(Lane::Gather, unit)?;
+        }
         Ok(())
     }
 
-    fn backward(&mut self, unit: UnitId, microbatch: usize, pass: &mut Pass<'_>) -> Result<(), EngineError> {
-        pass.comm_time += timed(|| self.begin_reduce(unit))?;
-        let dy = pass.take_flow();
+    fn start_reduce(&mut self, unit: UnitId) -> Result<(), EngineError> {
         let state = &self.units[unit];
-        match self.plan.units[unit].kind {
-            UnitKind::Embedding => Embedding::backward(&state.grads[0], &pass.batches[microbatch].ids, &dy)?,
-            UnitKind::Block(layer) => {
-                let (block, shape) = (&self.blocks[layer], self.batch_shape());
-                let activations = match pass.kept[unit].take().expect("forward came before backward") {
-                    Kept::Activations(activations) => activations,
-                    Kept::Input(x) => block.recompute(&state.params, x, &self.rope, shape)?,
-                };
-                pass.flow = Some(block.backward(&state.params, &state.grads, activations, dy, &self.rope, shape)?);
-            }
-            UnitKind::Head => unreachable!("the head's backward is the loss step"),
+        if let Some(timeline) = &mut self.timeline {
+            timeline.open(Lane::Reduce, &state.name)?;
+        }
+        let pg = self.groups.shards();
+        state.start_reduce(pg, &mut self.grad_buffers[self.plan.slots.grad_of_unit[unit]])?;
+        if self.device != Device::Cpu {
+            let _on = self.groups.shards().enter_gather_stream()?;
+            self.close_span(Lane::Reduce, unit)?;
         }
         Ok(())
     }
 
-    /// Waits until no rank reads the last contents of the unit's gradient buffer.
-    fn begin_reduce(&mut self, unit: UnitId) -> Result<(), EngineError> {
+    fn wait_reduce(&mut self, unit: UnitId, accumulate: bool) -> Result<(), EngineError> {
         let buffer = &mut self.grad_buffers[self.plan.slots.grad_of_unit[unit]];
-        Ok(self.pg.begin_reduce(buffer, &self.units[unit].name)?)
-    }
-
-    /// The head's weight `[V, D]`: its own, or the embedding's.
-    fn head_weight(&self, head: UnitId) -> &Tensor {
-        if self.plan.arch.tie_word_embeddings { &self.units[0].params[0] } else { &self.units[head].params[1] }
-    }
-
-    fn batch_shape(&self) -> BatchShape {
-        BatchShape { batch: self.config.micro_batch_size as i64, seq_len: self.config.seq_len as i64 }
-    }
-
-    /// Global number of valid tokens, and whether any rank wants to stop.
-    fn count_tokens(&mut self, pass: &mut Pass<'_>, stop: bool) -> Result<(u64, bool), EngineError> {
-        let tokens: u64 = pass.batches.iter().map(|b| b.num_valid_tokens).sum();
-        let sums = Tensor::from_slice(&[tokens as i64, i64::from(stop)]);
-        pass.comm_time += timed(|| Ok(self.pg.all_reduce(&sums, ReduceOp::Sum)?))?;
-        let tokens = sums.f_int64_value(&[0])? as u64;
-        if tokens == 0 {
-            return Err(EngineError::NoValidToken);
+        self.units[unit].wait_reduce(self.groups.shards(), buffer, accumulate)?;
+        if self.device == Device::Cpu {
+            self.close_span(Lane::Reduce, unit)?;
         }
-        Ok((tokens, sums.f_int64_value(&[1])? > 0))
+        Ok(())
+    }
+
+    fn start_all_reduce(&mut self, unit: UnitId) -> Result<(), EngineError> {
+        let replicas = self.groups.replicas().expect("only programs with replicas sum over them");
+        self.replica_sums[unit] = Some(replicas.start_all_reduce(&self.units[unit].grad_shards, ReduceOp::Sum)?);
+        Ok(())
+    }
+
+    fn wait_all_reduce(&mut self, unit: UnitId) -> Result<(), EngineError> {
+        let work = self.replica_sums[unit].take().expect("a sum is started before it is waited for");
+        let replicas = self.groups.replicas().expect("only programs with replicas sum over them");
+        Ok(replicas.wait(work)?)
+    }
+
+    /// Counts the valid tokens of all ranks, and the ranks that want to stop: f64 `[]`.
+    fn count_tokens(&mut self, pass: &mut Pass<'_>, stop: bool) -> Result<Tensor, EngineError> {
+        let tokens: u64 = pass.batches.iter().map(|b| b.num_valid_tokens).sum();
+        let sums = to_device(&[tokens as i64, i64::from(stop)], self.device)?;
+        pass.comm_time += timed(|| Ok(self.groups.world().all_reduce(&sums, ReduceOp::Sum)?))?;
+        let sums = sums.f_to_kind(Kind::Double)?;
+        pass.num_tokens = sums.f_get(0)?;
+        pass.grad_of_loss = self.loss_scale()?.f_div(&pass.num_tokens)?;
+        Ok(sums.f_get(1)?)
+    }
+
+    /// What the loss is multiplied by before backward: f64 `[]`.
+    pub(crate) fn loss_scale(&self) -> Result<Tensor, EngineError> {
+        Ok(match &self.scaler {
+            Some(scaler) => scaler.scale.f_to_kind(Kind::Double)?,
+            None => Tensor::f_ones([1i64; 0], (Kind::Double, self.device))?,
+        })
+    }
+
+    /// `values` (f64 `[n]`) for the host: there once an event recorded now is done.
+    pub(crate) fn to_host(values: &Tensor) -> Result<Tensor, EngineError> {
+        let mut host = pinned::empty(&values.size(), Kind::Double)?;
+        pinned::copy_non_blocking(&mut host, values)?;
+        Ok(host)
+    }
+
+    /// From now on spans are recorded.
+    pub fn start_timeline(&mut self) -> Result<(), EngineError> {
+        self.timeline = Some(Timeline::start(self.device)?);
+        Ok(())
+    }
+
+    /// What was recorded since [`Engine::start_timeline`], with which recording ends. Waits for the device.
+    pub fn take_timeline(&mut self) -> Result<Vec<Span>, EngineError> {
+        Ok(self.timeline.take().map_or(Ok(vec![]), Timeline::finish)?)
+    }
+
+    /// This moment of the current stream, where it is traced.
+    pub(crate) fn mark(&self) -> Result<Option<Rc<Event>>, EngineError> {
+        Ok(self.timeline.as_ref().map(Timeline::mark).transpose()?)
+    }
+
+    /// What `unit` did since `start`, where it is traced.
+    pub(crate) fn span(
+        &mut self,
+        lane: Lane,
+        what: &str,
+        unit: UnitId,
+        start: Option<Rc<Event>>,
+    ) -> Result<(), EngineError> {
+        if let (Some(timeline), Some(start)) = (&mut self.timeline, start) {
+            timeline.span(lane, format!("{what} {}", self.units[unit].name), start)?;
+        }
+        Ok(())
+    }
+
+    /// The collective of `unit` is done.
+    fn close_span(&mut self, lane: Lane, unit: UnitId) -> Result<(), EngineError> {
+        match &mut self.timeline {
+            Some(timeline) => Ok(timeline.close(lane, &self.units[unit].name)?),
+            None => Ok(()),
+        }
     }
 }
 

@@ -2,23 +2,35 @@
 
 use fsdp_plan::Init;
 
-/// Fills `out` with elements `start..` of the flattened tensor `name`.
-pub fn fill(seed: u64, name: &str, init: Init, start: usize, out: &mut [f32]) {
+/// Fills `out` with elements `start..` of the flattened tensor `name`, on `num_threads` threads.
+pub fn fill(seed: u64, name: &str, init: Init, start: usize, out: &mut [f32], num_threads: usize) {
+    /// Less is not worth a thread.
+    const MIN_CHUNK: usize = 1 << 16;
     match init {
         Init::Zeros => out.fill(0.0),
         Init::Ones => out.fill(1.0),
         Init::Normal { std } => {
             let key = name.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
-            let mut pair = (f32::NAN, f32::NAN);
-            for (i, value) in out.iter_mut().enumerate() {
-                let index = start + i;
-                let is_first = index.is_multiple_of(2);
-                if i == 0 || is_first {
-                    pair = normal_pair(key, index as u64 / 2);
+            let chunk = out.len().div_ceil(num_threads).max(MIN_CHUNK);
+            std::thread::scope(|scope| {
+                for (i, part) in out.chunks_mut(chunk).enumerate() {
+                    let mut fill = move || fill_normal(key, std as f32, start + i * chunk, part);
+                    if num_threads > 1 { drop(scope.spawn(fill)) } else { fill() }
                 }
-                *value = std as f32 * if is_first { pair.0 } else { pair.1 };
-            }
+            });
         }
+    }
+}
+
+fn fill_normal(key: u64, std: f32, start: usize, out: &mut [f32]) {
+    let mut pair = (f32::NAN, f32::NAN);
+    for (i, value) in out.iter_mut().enumerate() {
+        let index = start + i;
+        let is_first = index.is_multiple_of(2);
+        if i == 0 || is_first {
+            pair = normal_pair(key, index as u64 / 2);
+        }
+        *value = std * if is_first { pair.0 } else { pair.1 };
     }
 }
 
@@ -50,22 +62,28 @@ mod tests {
     #[test]
     fn any_range_has_the_same_elements() {
         let init = Init::Normal { std: 0.02 };
-        let mut whole = vec![0.0; 1000];
-        fill(7, "model.embed_tokens.weight", init, 0, &mut whole);
+        let mut whole = vec![0.0; 1_000_001];
+        fill(7, "model.embed_tokens.weight", init, 0, &mut whole, 1);
+        let mut threaded = whole.clone();
+        for num_threads in [2, 3, 16] {
+            threaded.fill(0.0);
+            fill(7, "model.embed_tokens.weight", init, 0, &mut threaded, num_threads);
+            assert!(threaded == whole, "{num_threads} threads");
+        }
         let mut part = vec![0.0; 100];
         for start in [450, 451] {
-            fill(7, "model.embed_tokens.weight", init, start, &mut part);
+            fill(7, "model.embed_tokens.weight", init, start, &mut part, 1);
             assert_eq!(part, whole[start..start + 100]);
         }
         let mut other = vec![0.0; 100];
-        fill(7, "lm_head.weight", init, 450, &mut other);
+        fill(7, "lm_head.weight", init, 450, &mut other, 1);
         assert_ne!(other, part);
     }
 
     #[test]
     fn has_the_moments_of_a_normal_distribution() {
         let mut values = vec![0.0f32; 200_000];
-        fill(1, "w", Init::Normal { std: 2.0 }, 0, &mut values);
+        fill(1, "w", Init::Normal { std: 2.0 }, 0, &mut values, 1);
         let moment = |k: i32| values.iter().map(|v| f64::from(*v / 2.0).powi(k)).sum::<f64>() / values.len() as f64;
         // Standard errors: 0.0022, 0.0032, 0.022.
         assert!(moment(1).abs() < 0.01, "{}", moment(1));

@@ -2,29 +2,41 @@
 //!
 //! Layout:
 //! - [`engine`]: one rank's engine; walks the program.
+//! - `pass`: the computations of a program, and what travels through it.
+//! - `exchange`: small values between ranks, for the host.
+//! - [`groups`]: all ranks, those that share a unit's shards, and those with the same shard.
 //! - [`mod@unit`]: a unit's shards and its views into slot and gradient buffer: unshard, reduce.
 //! - `update`: the end of a step: loss, gradient norm, and the update of the shards.
-//! - [`optimizer`]: AdamW over the shards, how far gradients are clipped.
+//! - [`optimizer`]: AdamW over the shards; [`offload`]: with its state in the host's memory.
 //! - [`state`]: the training state by pieces of parameters, and the account of memory.
 //! - [`scaler`]: the dynamic loss scale for fp16.
 //! - [`init`]: random weights that depend on seed and name only.
+//! - [`timeline`]: what happened when in the steps that are traced.
 //! - [`non_finite`]: where a NaN or infinity first appears.
 #![forbid(unsafe_code)]
 
 pub mod engine;
+mod exchange;
+pub mod groups;
 pub mod init;
 pub mod non_finite;
+pub mod offload;
 pub mod optimizer;
+mod pass;
 pub mod scaler;
 pub mod state;
+pub mod timeline;
 pub mod unit;
 mod update;
 
-pub use engine::{Engine, EngineConfig, MicroBatch, StepReport};
+pub use engine::{Engine, EngineConfig, StartedStep, StepReport};
+pub use groups::Groups;
 pub use non_finite::NonFinite;
 pub use optimizer::AdamWConfig;
+pub use pass::MicroBatch;
 pub use scaler::LossScaler;
-pub use state::{Piece, StateKind};
+pub use state::{Piece, Place, StateKind};
+pub use timeline::{Lane, Span};
 
 use fsdp_comm::CommError;
 use fsdp_model::ModelError;

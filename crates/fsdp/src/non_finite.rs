@@ -6,6 +6,7 @@ use fsdp_comm::ReduceOp;
 use fsdp_plan::UnitId;
 use tch::Tensor;
 
+use crate::pass::{HeadMode, Pass, to_device};
 use crate::{Engine, EngineError, MicroBatch};
 
 /// The first place of the model, in forward order, that is not finite.
@@ -45,8 +46,8 @@ impl Engine {
     pub(crate) fn find_non_finite(&mut self, batches: &[MicroBatch]) -> Result<NonFinite, EngineError> {
         // Weights first, then outputs in forward order, then gradients from the loss backwards.
         let mut bad_weight = None;
-        for (i, view) in self.piece_views(&self.optimizer.master)?.iter().enumerate() {
-            if !is_finite(view)? {
+        for (i, piece) in self.pieces.iter().enumerate() {
+            if !is_finite(&piece.view(&self.optimizer.master)?)? {
                 bad_weight = Some(i);
                 break;
             }
@@ -66,9 +67,12 @@ impl Engine {
                 return Ok(NonFinite::Output { rank, unit: self.units[unit].name.clone() });
             }
         }
-        let bad_grad = self.grad_norms()?.iter().rposition(|n| !n.is_finite());
+        // The next step may have begun to overwrite them.
+        let mut pass = Pass::new(batches, self.units.len(), HeadMode::Loss, self.device)?;
+        let _ = self.backward_pass(&mut pass, false)?;
+        let bad_grad = self.grad_parts.last_non_finite()?;
         let found = self.first_over_ranks(place(self, bad_grad), true)?;
-        let (rank, unit, param) = name(self, found.expect("a norm that is not finite has a piece that is not"));
+        let (rank, unit, param) = name(self, found.expect("the same step over the same weights is not finite again"));
         Ok(NonFinite::Gradient { rank, unit, param })
     }
 
@@ -88,12 +92,13 @@ impl Engine {
         // One number that orders by place, then rank; 0 is none. Max is what all_reduce has.
         const BITS: u32 = 20;
         let limit = (1i64 << BITS) - 1;
+        let own_rank = self.groups.world().rank() as i64;
         let key = place.map_or(0, |(unit, index)| {
             let order = |n: usize| if last { n as i64 + 1 } else { limit - n as i64 };
-            (order(unit) << (2 * BITS)) | (order(index) << BITS) | (limit - self.pg.rank() as i64)
+            (order(unit) << (2 * BITS)) | (order(index) << BITS) | (limit - own_rank)
         });
-        let key = Tensor::from_slice(&[key]);
-        self.pg.all_reduce(&key, ReduceOp::Max)?;
+        let key = to_device(&[key], self.device)?;
+        self.groups.world().all_reduce(&key, ReduceOp::Max)?;
         let key = key.f_int64_value(&[0])?;
         let back = |n: i64| (if last { n - 1 } else { limit - n }) as usize;
         Ok((key != 0).then(|| ((limit - (key & limit)) as usize, back(key >> (2 * BITS)), back((key >> BITS) & limit))))

@@ -1,12 +1,18 @@
 //! The dynamic loss scale that keeps fp16 gradients representable (Micikevicius et al., "Mixed Precision Training",
-//! arXiv:1710.03740), with the constants of `torch.amp.GradScaler`.
+//! arXiv:1710.03740), with the constants of `torch.amp.GradScaler`. It lives on the device: no step waits for it.
 
-const GROWTH_INTERVAL_STEPS: u64 = 2000;
+use tch::{Device, Kind, Tensor};
+
+use crate::EngineError;
+
+const GROWTH_FACTOR: f64 = 2.0;
+const BACKOFF_FACTOR: f64 = 0.5;
+const GROWTH_INTERVAL_STEPS: i64 = 2000;
 const INITIAL_SCALE: f64 = 65536.0;
 /// Below this the gradients themselves are not finite, and halving goes on for nothing.
-const MIN_SCALE: f64 = 1.0;
+pub const MIN_SCALE: f64 = 1.0;
 
-/// Scale of the loss; halved when a gradient overflows, doubled after a while without.
+/// A loss scale as a checkpoint holds it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LossScaler {
     pub scale: f64,
@@ -20,19 +26,36 @@ impl Default for LossScaler {
     }
 }
 
-impl LossScaler {
-    /// A step whose gradients were finite.
-    pub fn grow(&mut self) {
-        self.good_steps += 1;
-        if self.good_steps == GROWTH_INTERVAL_STEPS {
-            *self = LossScaler { scale: self.scale * 2.0, good_steps: 0 };
-        }
+/// Scale of the loss; halved when a gradient overflows, doubled after a while without.
+#[derive(Debug)]
+pub struct DeviceScaler {
+    pub scale: Tensor,  // f32 []
+    good_steps: Tensor, // i32 []
+}
+
+impl DeviceScaler {
+    pub fn new(from: LossScaler, device: Device) -> Result<Self, EngineError> {
+        let scale = Tensor::from(from.scale as f32).f_to_device(device)?;
+        let good_steps = Tensor::from(from.good_steps as i64).f_to_kind(Kind::Int)?.f_to_device(device)?;
+        Ok(DeviceScaler { scale, good_steps })
     }
 
-    /// A step whose gradients overflowed. `false` when the scale cannot fall further.
-    pub fn back_off(&mut self) -> bool {
-        *self = LossScaler { scale: self.scale / 2.0, good_steps: 0 };
-        self.scale >= MIN_SCALE
+    /// After a step; `found_inf` (f32 `[]`) is 1 where its gradients overflowed.
+    pub fn update(&mut self, found_inf: &Tensor) -> Result<(), EngineError> {
+        let _ = self.scale.f_internal_amp_update_scale_(
+            &self.good_steps,
+            found_inf,
+            GROWTH_FACTOR,
+            BACKOFF_FACTOR,
+            GROWTH_INTERVAL_STEPS,
+        )?;
+        Ok(())
+    }
+
+    /// Waits for the device.
+    pub fn read(&self) -> Result<LossScaler, EngineError> {
+        let good_steps = self.good_steps.f_int64_value(&[])? as u64;
+        Ok(LossScaler { scale: self.scale.f_double_value(&[])?, good_steps })
     }
 }
 
@@ -41,11 +64,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn grows_after_the_interval_and_backs_off_to_the_minimum() {
-        let mut scaler = LossScaler::default();
-        (0..GROWTH_INTERVAL_STEPS).for_each(|_| scaler.grow());
-        assert_eq!(scaler, LossScaler { scale: 2.0 * INITIAL_SCALE, good_steps: 0 });
-        let halvings = (0..).take_while(|_| scaler.back_off()).count();
-        assert_eq!(halvings, 17); // 2^17 -> 1
+    fn grows_after_the_interval_and_backs_off() {
+        let mut scaler = DeviceScaler::new(LossScaler::default(), Device::Cpu).unwrap();
+        let [good, bad] = [0.0f32, 1.0].map(Tensor::from);
+        (1..GROWTH_INTERVAL_STEPS).for_each(|_| scaler.update(&good).unwrap());
+        assert_eq!(scaler.read().unwrap(), LossScaler { scale: INITIAL_SCALE, good_steps: 1999 });
+        scaler.update(&good).unwrap();
+        assert_eq!(scaler.read().unwrap(), LossScaler { scale: 2.0 * INITIAL_SCALE, good_steps: 0 });
+        scaler.update(&good).unwrap();
+        (0..17).for_each(|_| scaler.update(&bad).unwrap());
+        assert_eq!(scaler.read().unwrap(), LossScaler { scale: MIN_SCALE, good_steps: 0 }); // 2^17 -> 1
     }
 }

@@ -1,6 +1,7 @@
 //! One unit on one rank. Five kinds of tensors, named once:
 //!
-//! - *master*: this rank's fp32 shard of a group, what the optimizer updates;
+//! - *master*: this rank's fp32 shard of a group, what the optimizer updates; where it is in the host's memory, a copy in
+//!   the param dtype stands for it here;
 //! - *all-gather input*: the rank's own range of the slot, in the param dtype;
 //! - *unsharded parameters*: views into the slot, shaped as the model wants them;
 //! - *unsharded gradients*: views into the gradient buffer, in the reduce dtype;
@@ -24,33 +25,37 @@ pub struct UnitState {
     /// Unsharded gradients, in the same order.
     pub grads: Vec<Tensor>,
     groups: Vec<GroupState>,
+    /// The gradient shards of all groups, fp32 `[shards]`.
+    pub grad_shards: Tensor,
     gather_segments: Vec<Segment>,
     reduce_segments: Vec<Segment>,
 }
 
 #[derive(Debug)]
 struct GroupState {
-    master: Tensor,           // fp32 [shard]
+    master: Tensor,           // fp32, or param dtype [shard]
     grad_shard: Tensor,       // fp32 [shard]
     all_gather_input: Tensor, // param dtype [shard]
 }
 
 impl UnitState {
-    /// `shards` gives each group's range in the flat fp32 tensors `master` and `grad_shards`.
+    /// `shards` gives each group's range in the flat fp32 tensor `grad_shards`, `masters` what each is gathered from.
     pub fn new(
         name: &str,
         layout: &UnitLayout,
         slot: &GatherBuffer,
         grad_buffer: &ReduceBuffer,
-        (master, grad_shards): (&Tensor, &Tensor),
+        (masters, grad_shards): (Vec<Tensor>, &Tensor),
         shards: &[Range<usize>],
         rank: usize,
     ) -> Result<Self, TchError> {
+        let flat = |range: Range<usize>| grad_shards.f_narrow(0, range.start as i64, range.len() as i64);
+        let all = shards.first().map_or(0, |s| s.start)..shards.last().map_or(0, |s| s.end);
         let num_params = layout.groups.iter().map(|g| g.params.len()).sum();
         let mut params: Vec<Option<Tensor>> = (0..num_params).map(|_| None).collect();
         let mut grads: Vec<Option<Tensor>> = (0..num_params).map(|_| None).collect();
         let mut groups = Vec::new();
-        for (group, shard) in layout.groups.iter().zip(shards) {
+        for ((group, shard), master) in layout.groups.iter().zip(shards).zip(masters) {
             let (param_size, reduce_size) = (group.param_dtype.size_bytes(), group.reduce_dtype.size_bytes());
             for p in &group.params {
                 let shape: Vec<i64> = p.shape.iter().map(|&n| n as i64).collect();
@@ -61,10 +66,9 @@ impl UnitState {
                     Some(grad_buffer.view(kind(group.reduce_dtype), at, p.numel).f_view(shape.as_slice())?);
             }
             let own_at = group.slot_offset_bytes + rank * shard.len() * param_size;
-            let flat = |t: &Tensor| t.f_narrow(0, shard.start as i64, shard.len() as i64);
             groups.push(GroupState {
-                master: flat(master)?,
-                grad_shard: flat(grad_shards)?,
+                master,
+                grad_shard: flat(shard.clone())?,
                 all_gather_input: slot.view(kind(group.param_dtype), own_at, shard.len()),
             });
         }
@@ -77,12 +81,13 @@ impl UnitState {
             params: params.into_iter().map(|p| p.expect("a layout places every parameter")).collect(),
             grads: grads.into_iter().map(|g| g.expect("a layout places every parameter")).collect(),
             groups,
+            grad_shards: flat(all)?,
             gather_segments: segments(|g| g.param_dtype, |g| g.slot_offset_bytes),
             reduce_segments: segments(|g| g.reduce_dtype, |g| g.grad_offset_bytes),
         })
     }
 
-    /// Casts this rank's shard into its range of the slot, which all ranks have released, and starts the all-gather.
+    /// Casts this rank's shard into its range of the slot and starts the all-gather.
     pub fn write_and_start_all_gather(
         &mut self,
         pg: &mut ProcessGroup,

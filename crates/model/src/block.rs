@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::attention::{Attention, AttentionValues};
 use crate::linear::{Linear, write_grad};
-use crate::{BatchShape, ModelError, RopeTables, norm};
+use crate::{BatchShape, Mark, ModelError, RopeTables, Segment, norm};
 
 /// One block: which of its unit's parameters are what, and its sizes. Parameters and gradients are slices in the order
 /// of the unit's parameters.
@@ -100,21 +100,25 @@ impl Block {
         x: Tensor,
         rope: &RopeTables,
         shape: BatchShape,
+        mark: Mark,
     ) -> Result<(Tensor, Activations), ModelError> {
-        let kept = self.recompute(params, x, rope, shape)?;
+        let kept = self.recompute(params, x, rope, shape, mark)?;
+        mark(Segment::Down);
         let s = kernels::silu_mul(&kept.gate, &kept.up)?;
         let y = self.down.forward_add(params, &s, &kept.r)?;
         Ok((y, kept))
     }
 
-    /// All segments but the last, whose product backward does not need.
+    /// All segments but the last, [`Segment::Down`], whose product backward does not need.
     pub fn recompute(
         &self,
         params: &[Tensor],
         x: Tensor,
         rope: &RopeTables,
         shape: BatchShape,
+        mark: Mark,
     ) -> Result<Activations, ModelError> {
+        mark(Segment::AttentionInput);
         let (h1, input_rstd) = norm::forward(&x, &params[self.input_norm], self.eps)?;
         let mut q = self.q.forward(params, &h1)?;
         let mut k = self.k.forward(params, &h1)?;
@@ -130,11 +134,13 @@ impl Block {
                 k_rstd,
             });
         }
-        kernels::rope_(&mut q, &rope.cos, &rope.sin, false)?;
-        kernels::rope_(&mut k, &rope.cos, &rope.sin, false)?;
+        let q = kernels::rope_owned(q, &rope.cos, &rope.sin, false)?;
+        let k = kernels::rope_owned(k, &rope.cos, &rope.sin, false)?;
 
+        mark(Segment::AttentionCore);
         let attn = self.attention.forward(q, k, v, shape)?;
 
+        mark(Segment::Rest);
         let r = self.o.forward_add(params, &attn.out, &x)?;
         let (h2, post_rstd) = norm::forward(&r, &params[self.post_norm], self.eps)?;
         let gate = self.gate.forward(params, &h2)?;
@@ -143,6 +149,7 @@ impl Block {
     }
 
     /// Writes every parameter's gradient into `grads` and returns the input's: `[N, D] -> [N, D]`.
+    #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &self,
         params: &[Tensor],
@@ -151,14 +158,17 @@ impl Block {
         dy: Tensor,
         rope: &RopeTables,
         shape: BatchShape,
+        mark: Mark,
     ) -> Result<Tensor, ModelError> {
         let Activations { x, input_rstd, h1, qk, attn, r, post_rstd, h2, gate, up } = kept;
 
+        mark(Segment::DownBackward);
         let s = kernels::silu_mul(&gate, &up)?;
         self.down.backward_params(params, grads, &dy, &s)?;
         drop(s);
         let ds = self.down.backward_input(params, &dy)?;
 
+        mark(Segment::RestBackward);
         let (d_gate, d_up) = kernels::silu_mul_backward(&ds, &gate, &up)?;
         drop((ds, gate, up));
         self.gate.backward_params(params, grads, &d_gate, &h2)?;
@@ -175,11 +185,13 @@ impl Block {
         self.o.backward_params(params, grads, &dr, &attn.out)?;
         let d_attn = self.o.backward_input(params, &dr)?;
 
-        let (mut dq, mut dk, dv) = self.attention.backward(&d_attn, &attn, shape)?;
+        mark(Segment::AttentionCoreBackward);
+        let (dq, dk, dv) = self.attention.backward(&d_attn, &attn, shape)?;
         drop((d_attn, attn));
 
-        kernels::rope_(&mut dq, &rope.cos, &rope.sin, true)?;
-        kernels::rope_(&mut dk, &rope.cos, &rope.sin, true)?;
+        mark(Segment::AttentionInputBackward);
+        let mut dq = kernels::rope_owned(dq, &rope.cos, &rope.sin, true)?;
+        let mut dk = kernels::rope_owned(dk, &rope.cos, &rope.sin, true)?;
         if let (Some((q_norm, k_norm)), Some(kept)) = (self.qk_norm, qk) {
             dq = self.head_norm_backward(&dq, &kept.q, &kept.q_rstd, &params[q_norm], &grads[q_norm])?;
             dk = self.head_norm_backward(&dk, &kept.k, &kept.k_rstd, &params[k_norm], &grads[k_norm])?;

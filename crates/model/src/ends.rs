@@ -1,11 +1,12 @@
 //! The two ends of the chain: token embedding, and final norm + head with the loss.
 
+use fsdp_plan::DeviceKind;
 use fsdp_plan::replay::head_chunk_tokens;
 use fsdp_torch_ext::kernels;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::linear::write_grad;
-use crate::{ModelError, norm};
+use crate::linear::{add_product, product_into_fp32_fits, write_grad};
+use crate::{Mark, ModelError, Segment, norm};
 
 /// Token embedding.
 #[derive(Debug)]
@@ -40,19 +41,21 @@ pub struct Head {
 /// What the head's pass yields.
 #[derive(Debug)]
 pub struct HeadLoss {
-    /// Sum over the valid tokens of their cross-entropy.
-    pub loss_sum: f64,
+    /// Sum over the valid tokens of their cross-entropy: one f64, on the device.
+    pub loss_sum: Tensor,
     /// Gradient for the last block's output, `[N, D]`.
     pub dx: Tensor,
 }
 
 impl Head {
-    pub fn new(vocab_size: usize, eps: f64) -> Self {
-        Head { eps, chunk_tokens: head_chunk_tokens(vocab_size) as i64 }
+    pub fn new(vocab_size: usize, eps: f64, device: Device) -> Self {
+        let device = if device == Device::Cpu { DeviceKind::Cpu } else { DeviceKind::Gpu };
+        Head { eps, chunk_tokens: head_chunk_tokens(vocab_size, device) as i64 }
     }
 
     /// Forward and backward: x `[N, D]`, norm weight `[D]`, head weight `[V, D]`, targets `[N]` with -100 for ignored.
-    /// Gradients of `scale * loss_sum` are written into `norm_grad` and `head_grad`.
+    /// Gradients of `scale * loss_sum` are written into `norm_grad` and `head_grad`; `scale` is one f64 on the device.
+    /// The host waits for nothing.
     #[allow(clippy::too_many_arguments)]
     pub fn loss_and_backward(
         &self,
@@ -62,20 +65,24 @@ impl Head {
         head_grad: &Tensor,
         x: &Tensor,
         targets: &Tensor,
-        scale: f64,
+        scale: &Tensor,
+        mark: Mark,
     ) -> Result<HeadLoss, ModelError> {
+        mark(Segment::HeadNorm);
         let (h, rstd) = norm::forward(x, norm, self.eps)?;
         let dh = Tensor::f_empty(h.size(), (h.kind(), h.device()))?;
-        let mut loss_sum = 0.0;
+        let mut loss_sum = Tensor::f_zeros([], (Kind::Double, x.device()))?;
         // Chunks add up in fp32: in the gradient buffer itself where that is its dtype.
         let mut weight_grad = match head_grad.kind() {
             Kind::Float => head_grad.shallow_clone(),
             _ => Tensor::f_empty(head_grad.size(), (Kind::Float, head_grad.device()))?,
         };
         for (start, len) in self.chunks(x.size()[0]) {
+            mark(Segment::HeadChunk);
             let h = h.f_narrow(0, start, len)?;
             let mut logits = self.logits(&h, weight)?; // [chunk, V]
-            loss_sum += kernels::cross_entropy(&mut logits, &targets.f_narrow(0, start, len)?, scale)?;
+            let loss = kernels::cross_entropy(&mut logits, &targets.f_narrow(0, start, len)?, scale)?;
+            let _ = loss_sum.f_add_(&loss)?;
             let d_logits = logits; // overwritten in place
             let mut dh = dh.f_narrow(0, start, len)?;
             if dh.kind() == weight.kind() {
@@ -83,24 +90,31 @@ impl Head {
             } else {
                 dh.f_copy_(&d_logits.f_mm(weight)?)?;
             }
-            let d_weight = d_logits.f_tr()?.f_mm(&h.f_to_kind(weight.kind())?)?; // [V, D]
-            kernels::accumulate(&mut weight_grad, &d_weight, start == 0)?;
+            let h = h.f_to_kind(weight.kind())?;
+            if product_into_fp32_fits(&weight_grad, &h) {
+                add_product(&weight_grad, &d_logits.f_tr()?, &h, start == 0)?; // [V, D]
+            } else {
+                kernels::accumulate(&mut weight_grad, &d_logits.f_tr()?.f_mm(&h)?, start == 0)?;
+            }
         }
         if weight_grad.kind() != head_grad.kind() {
             write_grad(head_grad, &weight_grad)?;
         }
+        mark(Segment::HeadNormBackward);
         let (dx, d_norm) = norm::backward(&dh, x, norm, &rstd)?;
         write_grad(norm_grad, &d_norm)?;
         Ok(HeadLoss { loss_sum, dx })
     }
 
-    /// Forward alone: the sum over the valid tokens of their cross-entropy.
-    pub fn loss(&self, norm: &Tensor, weight: &Tensor, x: &Tensor, targets: &Tensor) -> Result<f64, ModelError> {
+    /// Forward alone: the sum over the valid tokens of their cross-entropy, one f64 on the device.
+    pub fn loss(&self, norm: &Tensor, weight: &Tensor, x: &Tensor, targets: &Tensor) -> Result<Tensor, ModelError> {
         let (h, _) = norm::forward(x, norm, self.eps)?;
-        let mut loss_sum = 0.0;
+        let one = Tensor::f_ones([], (Kind::Double, x.device()))?;
+        let mut loss_sum = one.f_zeros_like()?;
         for (start, len) in self.chunks(x.size()[0]) {
             let mut logits = self.logits(&h.f_narrow(0, start, len)?, weight)?;
-            loss_sum += kernels::cross_entropy(&mut logits, &targets.f_narrow(0, start, len)?, 1.0)?;
+            let loss = kernels::cross_entropy(&mut logits, &targets.f_narrow(0, start, len)?, &one)?;
+            let _ = loss_sum.f_add_(&loss)?;
         }
         Ok(loss_sum)
     }

@@ -6,6 +6,7 @@
 //! - [`linear`]: products with weights and their gradients; [`norm`]: RMSNorm.
 //! - [`ends`]: the embedding, and the head with its chunked cross-entropy.
 //! - [`rope`]: rotary tables.
+//! - [`segment`]: the names of a pass's parts, for a timeline.
 //!
 //! Backward passes are written out, there is no autograd graph: what a block keeps is a struct, its gradients are
 //! written once, straight into the flat gradient buffer, and the product that only yields a block's output is not
@@ -23,10 +24,12 @@ pub mod ends;
 pub mod linear;
 pub mod norm;
 pub mod rope;
+pub mod segment;
 
 pub use block::{Activations, Block};
 pub use ends::{Embedding, Head, HeadLoss};
 pub use rope::RopeTables;
+pub use segment::{Mark, Segment, unmarked};
 
 use fsdp_plan::Dtype;
 use tch::{Kind, TchError};

@@ -2,7 +2,7 @@
 //!
 //! A weight whose dtype was overridden takes part in its own dtype; the result returns to the activations' dtype.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::ModelError;
 
@@ -40,11 +40,11 @@ impl Linear {
         Ok(dy.f_to_kind(w.kind())?.f_mm(w)?.f_to_kind(dy.kind())?)
     }
 
-    /// The same, added to `dx`.
-    pub fn backward_input_add(&self, params: &[Tensor], dy: &Tensor, dx: Tensor) -> Result<Tensor, ModelError> {
+    /// The same, added to `dx`, in its memory where dtypes allow.
+    pub fn backward_input_add(&self, params: &[Tensor], dy: &Tensor, mut dx: Tensor) -> Result<Tensor, ModelError> {
         let w = &params[self.weight];
         if w.kind() == dx.kind() {
-            return Ok(dx.f_addmm(dy, w)?);
+            return Ok(dx.f_addmm_(dy, w)?);
         }
         Ok(self.backward_input(params, dy)?.f_add(&dx)?)
     }
@@ -72,7 +72,23 @@ fn weight_grad(grad: &Tensor, dy: &Tensor, x: &Tensor) -> Result<(), ModelError>
         let _ = dy.f_tr()?.f_mm_out(grad, x)?;
         return Ok(());
     }
+    if product_into_fp32_fits(grad, dy) {
+        return add_product(grad, &dy.f_tr()?, x, true);
+    }
     write_grad(grad, &dy.f_tr()?.f_mm(x)?)
+}
+
+/// Whether [`add_product`] takes these: libtorch has such products on GPUs alone.
+pub(crate) fn product_into_fp32_fits(sum: &Tensor, a: &Tensor) -> bool {
+    a.device().is_cuda() && sum.kind() == Kind::Float && a.kind() != Kind::Double
+}
+
+/// `sum += a @ b`, or `sum = a @ b` with `overwrite`, for an fp32 `sum` and factors of any dtype: the product itself adds
+/// in fp32, nothing is rounded or stored in between.
+pub(crate) fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor, overwrite: bool) -> Result<(), ModelError> {
+    let _ =
+        if overwrite { a.f_mm_dtype_out(sum, b, Kind::Float)? } else { sum.f_addmm_dtype_out(sum, a, b, Kind::Float)? };
+    Ok(())
 }
 
 /// Copies a gradient into its place in the flat buffer, cast to the reduce dtype.

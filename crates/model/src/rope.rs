@@ -15,8 +15,8 @@ pub struct RopeTables {
 }
 
 impl RopeTables {
-    /// Tables for positions `0..seq_len`.
-    pub fn new(arch: &Architecture, seq_len: usize, buffer: Dtype) -> Result<Self, ModelError> {
+    /// Tables for positions `0..seq_len` on `device`. They are computed on the CPU, so every device has the same bits.
+    pub fn new(arch: &Architecture, seq_len: usize, buffer: Dtype, device: Device) -> Result<Self, ModelError> {
         let float = (Kind::Float, Device::Cpu);
         let exponents =
             Tensor::f_arange_start_step(0, arch.head_dim as i64, 2, float)?.f_div_scalar(arch.head_dim as f64)?;
@@ -24,7 +24,7 @@ impl RopeTables {
         let frequencies = scale(&frequencies, arch.rope_scaling)?;
         let positions = Tensor::f_arange(seq_len as i64, float)?;
         let angles = positions.f_outer(&frequencies)?; // [T, C/2]
-        let rounded = |t: Tensor| t.f_to_kind(kind(buffer))?.f_to_kind(Kind::Float);
+        let rounded = |t: Tensor| t.f_to_kind(kind(buffer))?.f_to_kind(Kind::Float)?.f_to_device(device);
         Ok(RopeTables { cos: rounded(angles.f_cos()?)?, sin: rounded(angles.f_sin()?)? })
     }
 }

@@ -1,13 +1,13 @@
 //! What one unit's computations take for one microbatch on one rank: bytes at every moment that can be a peak, and
 //! operations. The formulas mirror `Block`, `Embedding` and `Head` of crate model, tensor by tensor; tests hold them to
 //! sums written out by hand. Not counted: workspace inside libtorch, and casts around a block's matrices whose param
-//! dtype is not the compute dtype.
+//! dtype is not the compute dtype. What GPUs need else is from reading libtorch's kernels.
 //!
 //! D model width, Q and K widths of all query and of all key/value heads, F MLP width, V vocabulary.
 
 use crate::program::UnitId;
 use crate::replay::{Batch, head_chunk_tokens};
-use crate::{Dtype, Keep, Plan, UnitKind, UnitLayout};
+use crate::{DeviceKind, Dtype, Group, Keep, Plan, UnitKind, UnitLayout};
 
 /// What is alive at one moment, besides what other units keep.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -86,13 +86,23 @@ fn block(plan: &Plan, unit: UnitId, batch: Batch) -> UnitCosts {
         // q and k before their norms, and the norms' rstd.
         kept += q + k + 4 * (num_heads + num_kv_heads);
     }
+    let is_gpu = plan.device == DeviceKind::Gpu;
+    let is_flash = is_gpu && plan.compute_dtype != Dtype::Fp32;
     // Keys and values repeated for each query head.
     let repeated = if num_heads == num_kv_heads { 0 } else { 2 * q };
-    let in_attention = kept - (2 * d + 2 * f + 4) + repeated;
+    let q_fp32 = 4 * q / size;
+    // Flash attention takes keys and values as they are; rotation makes one tensor in fp32.
+    let in_attention = kept - (2 * d + 2 * f + 4) + if is_flash { q_fp32 } else { repeated };
+    // Flash attention's backward sums the gradient of q in fp32, padded to 128 rows a sequence.
+    let (in_attention_backward, padding) = match is_flash {
+        true => (2 * q + 2 * k + q_fp32 + repeated, q_fp32 * 128 * batch.micro_batch_size as u64),
+        // Gradients of attn, q and those of k and v for each query head.
+        false => (4 * q + repeated, 0),
+    };
 
     let moment = |per_token, fixed| Moment { per_token, fixed, head: 0 };
-    let mlp_weight = largest_cast_gradient(layout, ".mlp.");
-    let attention_weight = largest_cast_gradient(layout, ".self_attn.");
+    let cast_gradient = |part| largest_cast_gradient(layout, part, plan.device);
+    let (mlp_weight, attention_weight) = (cast_gradient(".mlp."), cast_gradient(".self_attn."));
     // gate, up, h2 and r are gone, the gradient of r is there.
     let behind_mlp = kept - 2 * f - d;
     let backward = vec![
@@ -102,8 +112,7 @@ fn block(plan: &Plan, unit: UnitId, batch: Batch) -> UnitCosts {
         moment(kept + d + 3 * f, 0),
         // gate, up and h2 gone; dy, gradients of gate and up, and of h2 before and after adding.
         moment(kept + 2 * d, 0),
-        // Gradients of attn, q and those of k and v for each query head.
-        moment(behind_mlp + 4 * q + repeated, 0),
+        moment(behind_mlp + in_attention_backward, padding),
         // q, attn, k and v gone; gradients of q, k, v.
         moment(behind_mlp, attention_weight),
     ];
@@ -136,11 +145,15 @@ fn head(plan: &Plan, unit: UnitId, batch: Batch) -> UnitCosts {
     };
     let hidden = d * plan.compute_dtype.size_bytes() as u64;
     let size = param.size_bytes() as u64;
-    let chunk = n.min(head_chunk_tokens(plan.arch.vocab_size) as u64);
+    let chunk = n.min(head_chunk_tokens(plan.arch.vocab_size, plan.device) as u64);
     let logits = chunk * v * size;
     // The chunk of h, or of its gradient, in the weight's dtype.
     let cast = if param == plan.compute_dtype { 0 } else { chunk * d * size };
-    let weight_gradient = v * d * size;
+    let is_gpu = plan.device == DeviceKind::Gpu;
+    // GPUs add a chunk's product straight to the sum.
+    let weight_gradient = if is_gpu && reduce == Dtype::Fp32 { 0 } else { v * d * size };
+    // The loss of a chunk is computed in fp32, part by part.
+    let logits = logits + if is_gpu { GPU_LOSS_BYTES } else { 0 };
     let fp32_sum = if reduce == Dtype::Fp32 { 0 } else { 4 * v * d };
     let forward_flops = 2.0 * n as f64 * v as f64 * d as f64;
     UnitCosts {
@@ -165,10 +178,15 @@ fn dtypes(layout: &UnitLayout, index: usize) -> (Dtype, Dtype) {
     (group.param_dtype, group.reduce_dtype)
 }
 
-/// A product writes its weight's gradient into the buffer, unless that has another dtype: then it is made beside it. The
-/// largest of these among the matrices whose name contains `part`.
-fn largest_cast_gradient(layout: &UnitLayout, part: &str) -> u64 {
-    let cast = layout.groups.iter().filter(|g| g.param_dtype != g.reduce_dtype);
+/// What the loss kernel of GPUs has at once.
+const GPU_LOSS_BYTES: u64 = 128 << 20;
+
+/// A product writes its weight's gradient into the buffer, unless that has another dtype: then it is made beside it. (On
+/// GPUs the product of 16-bit matrices may be fp32.) The largest of these among the matrices whose name contains `part`.
+fn largest_cast_gradient(layout: &UnitLayout, part: &str, device: DeviceKind) -> u64 {
+    let is_direct =
+        |g: &&Group| g.param_dtype == g.reduce_dtype || (device == DeviceKind::Gpu && g.reduce_dtype == Dtype::Fp32);
+    let cast = layout.groups.iter().filter(|g| !is_direct(g));
     cast.flat_map(|g| g.params.iter().map(move |p| (g.param_dtype, p)))
         .filter(|(_, p)| p.shape.len() == 2 && p.name.contains(part))
         .map(|(dtype, p)| (p.numel * dtype.size_bytes()) as u64)

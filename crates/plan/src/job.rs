@@ -1,19 +1,27 @@
 //! A job's config -> its plan.
 
-use fsdp_config::{ConfigError, JobConfig, Recompute};
+use fsdp_config::{Backend, ConfigError, Device, JobConfig, Recompute};
 
-use crate::{Architecture, Dtype, Plan, PlanInput, Strategy};
+use crate::{Architecture, DeviceKind, Dtype, Plan, PlanInput, Strategy};
 
 impl Plan {
-    /// The plan of the job `config` on `world_size` ranks.
+    /// The plan of the job `config` on `world_size` ranks, `local_world_size` on each node.
     ///
     /// # Errors
-    /// The global batch cannot be split over so many ranks.
-    pub fn for_job(config: &JobConfig, arch: Architecture, world_size: usize) -> Result<Self, ConfigError> {
+    /// The global batch cannot be split over so many ranks, or they do not make whole shard groups.
+    pub fn for_job(
+        config: &JobConfig,
+        arch: Architecture,
+        world_size: usize,
+        local_world_size: usize,
+    ) -> Result<Self, ConfigError> {
+        let num_shards = config.num_shards(world_size as u64, local_world_size as u64)? as usize;
         let input = PlanInput {
-            world_size,
+            num_shards,
+            num_replicas: world_size / num_shards,
             strategy: match config.fsdp.strategy {
                 fsdp_config::Strategy::FullShard => Strategy::FullShard,
+                fsdp_config::Strategy::HybridShard => Strategy::HybridShard,
             },
             prefetch: config.fsdp.prefetch as usize,
             recompute: config.activation_checkpointing.mode == Recompute::Full,
@@ -21,6 +29,11 @@ impl Plan {
             micro_batch_size: config.training.micro_batch_size as usize,
             seq_len: config.training.seq_len as usize,
             compute_dtype: config.precision.param.into(),
+            device: match (config.fsdp.device, config.fsdp.backend) {
+                (Device::Cuda, _) | (Device::Auto, Backend::Nccl) => DeviceKind::Gpu,
+                (Device::Cpu, _) | (Device::Auto, _) => DeviceKind::Cpu,
+            },
+            offload: config.fsdp.offload,
         };
         Ok(Plan::new(arch, &input, |name| {
             let (param, reduce) = config.precision.dtypes_of(name);

@@ -12,7 +12,7 @@
 //! - [`costs`]: the formulas for that: what the computations of a unit hold and execute.
 //! - [`plan`]: all of the above for one job, and its text form; `job` makes it from the job's config.
 //!
-//! **Architecture invariant:** nothing here knows tensors, devices or processes.
+//! **Architecture invariant:** nothing here knows tensors or processes.
 #![forbid(unsafe_code)]
 
 pub mod arch;
@@ -28,8 +28,9 @@ pub mod units;
 
 pub use arch::{Architecture, Family, PlanError, RopeScaling};
 pub use dtype::Dtype;
+pub use fsdp_config::Offload;
 pub use layout::{Group, PlacedParam, UnitLayout};
-pub use plan::{Plan, PlanInput};
+pub use plan::{DeviceKind, Plan, PlanInput};
 pub use program::{Keep, Step, UnitId};
 pub use replay::{Memory, Replay};
 pub use slots::{SlotMap, Strategy};

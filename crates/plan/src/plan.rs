@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use fsdp_config::Offload;
+
 use crate::program::{ProgramInput, Step, forward_only, training};
 use crate::replay::{Batch, Replay, replay};
 use crate::units::units;
@@ -11,7 +13,9 @@ use crate::{Architecture, Dtype, SlotMap, Strategy, Unit, UnitLayout};
 #[derive(Debug, Clone, Copy)]
 pub struct PlanInput {
     /// Ranks that a unit is sharded over: all of them; with `hybrid_shard` those of one group, with `no_shard` 1.
-    pub world_size: usize,
+    pub num_shards: usize,
+    /// Groups of so many ranks; above 1 with `hybrid_shard` and `no_shard` only.
+    pub num_replicas: usize,
     pub strategy: Strategy,
     pub prefetch: usize,
     pub recompute: bool,
@@ -20,6 +24,15 @@ pub struct PlanInput {
     pub seq_len: usize,
     /// Dtype of activations: the default param dtype.
     pub compute_dtype: Dtype,
+    pub device: DeviceKind,
+    pub offload: Offload,
+}
+
+/// What computes; sizes of working memory follow from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    Cpu,
+    Gpu,
 }
 
 /// Units, layout, slots, programs and their replay.
@@ -29,8 +42,12 @@ pub struct Plan {
     pub units: Vec<Unit>,
     pub layouts: Vec<UnitLayout>,
     pub slots: SlotMap,
-    pub world_size: usize,
+    /// See [`PlanInput`]. Rank r has shard `r % num_shards` of replica `r / num_shards`.
+    pub num_shards: usize,
+    pub num_replicas: usize,
     pub compute_dtype: Dtype,
+    pub device: DeviceKind,
+    pub offload: Offload,
     pub training: Vec<Step>,
     pub forward_only: Vec<Step>,
     pub replay: Replay,
@@ -40,11 +57,12 @@ impl Plan {
     /// `dtypes` gives (param dtype, reduce dtype) of a parameter by its name.
     ///
     /// # Panics
-    /// If `no_shard` comes with more than one rank to shard over.
+    /// If `no_shard` comes with more than one rank to shard over, or another strategy with replicas.
     pub fn new(arch: Architecture, input: &PlanInput, dtypes: impl Fn(&str) -> (Dtype, Dtype)) -> Self {
-        assert!(input.strategy != Strategy::NoShard || input.world_size == 1);
+        assert!(input.strategy != Strategy::NoShard || input.num_shards == 1);
+        assert!(input.num_replicas == 1 || input.strategy.has_replicas());
         let units = units(&arch);
-        let layouts: Vec<_> = units.iter().map(|u| UnitLayout::new(u, input.world_size, &dtypes)).collect();
+        let layouts: Vec<_> = units.iter().map(|u| UnitLayout::new(u, input.num_shards, &dtypes)).collect();
         let tied = arch.tie_word_embeddings;
         let slots = SlotMap::new(&layouts, input.strategy, input.prefetch, tied);
         let program = ProgramInput {
@@ -62,8 +80,11 @@ impl Plan {
             units,
             layouts,
             slots,
-            world_size: input.world_size,
+            num_shards: input.num_shards,
+            num_replicas: input.num_replicas,
             compute_dtype: input.compute_dtype,
+            device: input.device,
+            offload: input.offload,
             training,
             forward_only,
             replay: Replay::default(),
@@ -71,6 +92,10 @@ impl Plan {
         let batch = Batch { micro_batch_size: input.micro_batch_size, seq_len: input.seq_len };
         plan.replay = replay(&plan, &plan.training, batch);
         plan
+    }
+
+    pub fn world_size(&self) -> usize {
+        self.num_shards * self.num_replicas
     }
 
     pub fn num_params(&self) -> usize {
@@ -109,12 +134,19 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let m = &self.replay.peak;
         writeln!(f, "parameters        {:>12}  in {} units", self.num_params(), self.units.len())?;
-        writeln!(f, "ranks             {:>12}", self.world_size)?;
+        match self.num_replicas {
+            1 => writeln!(f, "ranks             {:>12}", self.num_shards)?,
+            replicas => {
+                let (world_size, num_shards) = (self.world_size(), self.num_shards);
+                writeln!(f, "ranks             {world_size:>12}  in {replicas} replicas of {num_shards} shards")?;
+            }
+        }
         writeln!(f)?;
         writeln!(f, "memory of one rank at the peak (step {} of {})", self.replay.peak_step, self.training.len())?;
         for (name, bytes) in [
             ("master weights", m.master),
             ("optimizer state", m.optimizer),
+            ("offload buffers", m.offload_buffers),
             ("gradient shards", m.grad_shards),
             ("slots", m.slots),
             ("gradient buffers", m.grad_buffers),
@@ -122,13 +154,22 @@ impl fmt::Display for Plan {
             ("head", m.head),
             ("total", m.total_bytes()),
         ] {
-            writeln!(f, "  {name:<16}{:>12}", format_bytes(bytes))?;
+            if bytes > 0 || name != "offload buffers" {
+                writeln!(f, "  {name:<16}{:>12}", format_bytes(bytes))?;
+            }
+        }
+        if m.offloaded > 0 {
+            writeln!(f, "  offloaded       {:>12}  in the host's memory", format_bytes(m.offloaded))?;
         }
         writeln!(f)?;
         writeln!(f, "one training step of one rank")?;
         writeln!(f, "  all-gathers     {:>12}", self.replay.num_all_gathers)?;
         writeln!(f, "  received        {:>12}  in all-gathers", format_bytes(self.replay.all_gather_bytes))?;
         writeln!(f, "  received        {:>12}  in reduce-scatters", format_bytes(self.replay.reduce_scatter_bytes))?;
+        if self.num_replicas > 1 {
+            let bytes = format_bytes(self.replay.all_reduce_bytes);
+            writeln!(f, "  received        {bytes:>12}  in all-reduces between replicas")?;
+        }
         writeln!(
             f,
             "  operations      {:>12.4e}  of which {:.4e} recomputing",

@@ -3,16 +3,20 @@
 //! Static buffers (master, optimizer, gradient shards, slots, gradient buffers) are what the engine allocates, to the
 //! byte. Activations and the head's working memory follow the formulas of [`crate::costs`].
 
+use fsdp_config::Offload;
+
 use crate::costs::{Moment, UnitCosts};
 use crate::program::{Keep, Step};
 use crate::slots::is_block;
-use crate::{Dtype, Group, Plan};
+use crate::{DeviceKind, Dtype, Group, Plan};
 
 /// Bytes of one rank by category. Slots are mapped once per host where ranks share memory, but every rank counts them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     pub master: u64,
     pub optimizer: u64,
+    /// What offloading keeps on the device: buffers through which the state passes, shards in the param dtype.
+    pub offload_buffers: u64,
     pub grad_shards: u64,
     pub slots: u64,
     pub grad_buffers: u64,
@@ -20,12 +24,14 @@ pub struct Memory {
     pub activations: u64,
     /// The head's chunk of logits and its gradients.
     pub head: u64,
+    /// Master weights and optimizer state in the host's memory; in no sum of the device's.
+    pub offloaded: u64,
 }
 
 impl Memory {
     /// What is allocated once, at start.
     pub fn static_bytes(&self) -> u64 {
-        self.master + self.optimizer + self.grad_shards + self.slots + self.grad_buffers
+        self.master + self.optimizer + self.offload_buffers + self.grad_shards + self.slots + self.grad_buffers
     }
 
     pub fn total_bytes(&self) -> u64 {
@@ -44,6 +50,8 @@ pub struct Replay {
     /// Bytes that the rank receives in all-gathers, and in reduce-scatters.
     pub all_gather_bytes: u64,
     pub reduce_scatter_bytes: u64,
+    /// Bytes that it receives from other replicas when gradient shards are summed over them, by a ring.
+    pub all_reduce_bytes: u64,
     pub num_all_gathers: usize,
     /// Floating-point operations of matrix products and attention, and those of recomputing among them.
     pub flops: f64,
@@ -63,19 +71,40 @@ impl Batch {
     }
 }
 
-/// Logits are made for so many tokens at a time: about 4 Mi logits, at least 64 tokens.
-pub fn head_chunk_tokens(vocab_size: usize) -> usize {
-    ((4 << 20) / vocab_size).clamp(64, 4096)
+/// Logits are made for so many tokens at a time: on CPUs about 4 Mi logits, which stay in the cache, on GPUs 256 Mi, by
+/// which the products run at full rate.
+pub fn head_chunk_tokens(vocab_size: usize, device: DeviceKind) -> usize {
+    match device {
+        DeviceKind::Cpu => ((4 << 20) / vocab_size).clamp(64, 4096),
+        DeviceKind::Gpu => ((256 << 20) / vocab_size).clamp(64, 16384),
+    }
 }
+
+/// Elements of each tensor of offloaded state that are on the device at a time; two such chunks are under way.
+pub const OFFLOAD_CHUNK_NUMEL: usize = 16 << 20;
 
 /// Memory that is allocated once, at start: sums over the layout.
 pub fn static_memory(plan: &Plan) -> Memory {
     let shard_elements: usize =
-        plan.layouts.iter().flat_map(|l| &l.groups).map(|g| g.shard_numel(plan.world_size)).sum();
+        plan.layouts.iter().flat_map(|l| &l.groups).map(|g| g.shard_numel(plan.num_shards)).sum();
     let fp32_bytes = (shard_elements * Dtype::Fp32.size_bytes()) as u64;
+    let param_bytes: usize = plan
+        .layouts
+        .iter()
+        .flat_map(|l| &l.groups)
+        .map(|g| g.shard_numel(plan.num_shards) * g.param_dtype.size_bytes())
+        .sum();
+    let chunk_bytes = (shard_elements.min(OFFLOAD_CHUNK_NUMEL) * Dtype::Fp32.size_bytes()) as u64;
+    let (master, optimizer, offload_buffers) = match plan.offload {
+        Offload::None => (fp32_bytes, 2 * fp32_bytes, 0),
+        Offload::Optimizer => (fp32_bytes, 0, 2 * 2 * chunk_bytes),
+        Offload::Master => (0, 0, 2 * 3 * chunk_bytes + param_bytes as u64),
+    };
     Memory {
-        master: fp32_bytes,
-        optimizer: 2 * fp32_bytes,
+        master,
+        optimizer,
+        offload_buffers,
+        offloaded: 3 * fp32_bytes - master - optimizer,
         grad_shards: fp32_bytes,
         slots: plan.slots.slot_bytes.iter().sum::<usize>() as u64,
         grad_buffers: plan.slots.grad_bytes.iter().sum::<usize>() as u64,
@@ -134,10 +163,10 @@ pub fn replay(plan: &Plan, steps: &[Step], batch: Batch) -> Replay {
                 consider(&costs[unit].backward, kept_per_token);
                 out.flops += costs[unit].backward_flops;
             }
+            Step::StartAllReduce(u) => out.all_reduce_bytes += replica_bytes(plan, u),
             Step::CountTokens
             | Step::WaitUnshard(_)
             | Step::WaitReduce { .. }
-            | Step::StartAllReduce(_)
             | Step::WaitAllReduce(_)
             | Step::ClipGrads
             | Step::OptimizerStep => {}
@@ -146,8 +175,14 @@ pub fn replay(plan: &Plan, steps: &[Step], batch: Batch) -> Replay {
     out
 }
 
+/// Bytes of a unit's gradient shard that come from other replicas: twice all but one of their parts.
+fn replica_bytes(plan: &Plan, unit: usize) -> u64 {
+    let numel: usize = plan.layouts[unit].groups.iter().map(|g| g.shard_numel(plan.num_shards)).sum();
+    (2 * numel * Dtype::Fp32.size_bytes() * (plan.num_replicas - 1) / plan.num_replicas) as u64
+}
+
 /// Bytes of a unit's groups, in the dtype that `of` picks, that come from other ranks.
 fn received_bytes(plan: &Plan, unit: usize, of: impl Fn(&Group) -> Dtype) -> u64 {
     let bytes: usize = plan.layouts[unit].groups.iter().map(|g| g.numel * of(g).size_bytes()).sum();
-    (bytes / plan.world_size * (plan.world_size - 1)) as u64
+    (bytes / plan.num_shards * (plan.num_shards - 1)) as u64
 }

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use fsdp_plan::units::units;
-use fsdp_plan::{Architecture, Dtype, Family, Plan, PlanError, PlanInput, RopeScaling, Strategy, Unit};
+use fsdp_plan::{
+    Architecture, DeviceKind, Dtype, Family, Offload, Plan, PlanError, PlanInput, RopeScaling, Strategy, Unit,
+};
 use serde_json::{Value, json};
 
 fn parse(config: &Value) -> Result<Architecture, PlanError> {
@@ -314,7 +316,8 @@ fn the_largest_accepted_sizes_are_planned_without_overflow() {
     });
     let arch = parse(&with(minimal("LlamaForCausalLM"), huge)).unwrap();
     let input = PlanInput {
-        world_size: 1,
+        num_shards: 1,
+        num_replicas: 1,
         strategy: Strategy::NoShard,
         prefetch: 64,
         recompute: false,
@@ -322,6 +325,8 @@ fn the_largest_accepted_sizes_are_planned_without_overflow() {
         micro_batch_size: 1 << 20,
         seq_len: 1 << 24,
         compute_dtype: Dtype::Fp32,
+        device: DeviceKind::Cpu,
+        offload: Offload::None,
     };
     let plan = Plan::new(arch, &input, |_| (Dtype::Fp32, Dtype::Fp32));
     assert_eq!(plan.replay.peak.total_bytes(), u64::MAX);

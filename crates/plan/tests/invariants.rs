@@ -7,7 +7,7 @@ mod common;
 use std::collections::HashSet;
 
 use common::small_llama;
-use fsdp_plan::{Dtype, Keep, Plan, PlanInput, Step, Strategy, UnitId};
+use fsdp_plan::{DeviceKind, Dtype, Keep, Offload, Plan, PlanInput, Step, Strategy, UnitId};
 use proptest::prelude::*;
 
 const STRATEGIES: [Strategy; 4] =
@@ -26,7 +26,8 @@ struct Case {
 impl Case {
     fn plan(&self) -> Plan {
         let input = PlanInput {
-            world_size: if self.strategy == Strategy::NoShard { 1 } else { 2 },
+            num_shards: if self.strategy == Strategy::NoShard { 1 } else { 2 },
+            num_replicas: if self.strategy.has_replicas() { 2 } else { 1 },
             strategy: self.strategy,
             prefetch: self.prefetch,
             recompute: self.recompute,
@@ -34,6 +35,8 @@ impl Case {
             micro_batch_size: 1,
             seq_len: 4,
             compute_dtype: Dtype::Fp32,
+            device: DeviceKind::Cpu,
+            offload: Offload::None,
         };
         Plan::new(small_llama(self.num_blocks, self.tied), &input, |_| (Dtype::Fp32, Dtype::Fp32))
     }

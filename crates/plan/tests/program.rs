@@ -5,10 +5,11 @@ mod common;
 use std::path::Path;
 
 use common::small_llama;
-use fsdp_plan::{Dtype, Plan, PlanInput, Step, Strategy};
+use fsdp_plan::{DeviceKind, Dtype, Offload, Plan, PlanInput, Step, Strategy};
 
 const FULL_SHARD: PlanInput = PlanInput {
-    world_size: 2,
+    num_shards: 2,
+    num_replicas: 1,
     strategy: Strategy::FullShard,
     prefetch: 1,
     recompute: true,
@@ -16,10 +17,12 @@ const FULL_SHARD: PlanInput = PlanInput {
     micro_batch_size: 1,
     seq_len: 8,
     compute_dtype: Dtype::Bf16,
+    device: DeviceKind::Cpu,
+    offload: Offload::None,
 };
 const SHARD_GRAD_OP: PlanInput = PlanInput { strategy: Strategy::ShardGradOp, ..FULL_SHARD };
-const HYBRID_SHARD: PlanInput = PlanInput { strategy: Strategy::HybridShard, ..FULL_SHARD };
-const NO_SHARD: PlanInput = PlanInput { strategy: Strategy::NoShard, world_size: 1, ..FULL_SHARD };
+const HYBRID_SHARD: PlanInput = PlanInput { strategy: Strategy::HybridShard, num_replicas: 2, ..FULL_SHARD };
+const NO_SHARD: PlanInput = PlanInput { strategy: Strategy::NoShard, num_shards: 1, num_replicas: 2, ..FULL_SHARD };
 
 fn plan(tied: bool, input: PlanInput) -> Plan {
     Plan::new(small_llama(3, tied), &input, |_| (Dtype::Bf16, Dtype::Fp32))

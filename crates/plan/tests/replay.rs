@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use common::small_llama;
 use fsdp_plan::costs::UnitCosts;
 use fsdp_plan::replay::Batch;
-use fsdp_plan::{Architecture, Dtype, Keep, Memory, Plan, PlanInput, Step, Strategy};
+use fsdp_plan::{Architecture, DeviceKind, Dtype, Keep, Memory, Offload, Plan, PlanInput, Step, Strategy};
 
 const INPUT: PlanInput = PlanInput {
-    world_size: 2,
+    num_shards: 2,
+    num_replicas: 1,
     strategy: Strategy::FullShard,
     prefetch: 1,
     recompute: true,
@@ -18,6 +19,8 @@ const INPUT: PlanInput = PlanInput {
     micro_batch_size: 2,
     seq_len: 8,
     compute_dtype: Dtype::Bf16,
+    device: DeviceKind::Cpu,
+    offload: Offload::None,
 };
 
 fn plan(arch: Architecture, input: PlanInput) -> Plan {
@@ -37,6 +40,18 @@ fn llama(num_layers: usize, hidden_size: usize, intermediate_size: usize, num_he
 }
 
 #[test]
+fn offloading_leaves_buffers_and_what_is_gathered_from() {
+    let of = |offload| plan(small_llama(2, false), PlanInput { offload, ..INPUT }).replay.peak;
+    let (none, optimizer, master) = (of(Offload::None), of(Offload::Optimizer), of(Offload::Master));
+    // 43,456 elements a rank, less than one chunk.
+    let moments = Memory { optimizer: 0, offload_buffers: 2 * 2 * 43_456 * 4, offloaded: 43_456 * 8, ..none };
+    assert_eq!(optimizer, moments);
+    let offload_buffers = 2 * 3 * 43_456 * 4 + 43_456 * 2;
+    assert_eq!(master, Memory { master: 0, offload_buffers, offloaded: 43_456 * 12, ..moments });
+    assert_eq!(none.total_bytes() + offload_buffers, master.total_bytes() + 43_456 * 12);
+}
+
+#[test]
 fn two_blocks_on_two_ranks() {
     let plan = plan(small_llama(2, false), INPUT);
     let replay = &plan.replay;
@@ -51,7 +66,7 @@ fn two_blocks_on_two_ranks() {
         // The last block's backward: 16 tokens times the first block's input, all that the last one keeps, its dy and
         // s; and the gradient of down_proj in bf16.
         activations: 16 * (128 + 1_424 + 128 + 256) + 64 * 128 * 2,
-        head: 0,
+        ..Memory::default()
     };
     assert_eq!(replay.peak, expected);
     assert_eq!(plan.training[replay.peak_step], Step::Backward { unit: 2, microbatch: 0 });
@@ -165,7 +180,7 @@ fn a_block_keeps_what_its_activations_hold() {
 /// (Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B), of which the causal half.
 #[test]
 fn operations_of_an_8b_model_are_the_published_estimate() {
-    let input = PlanInput { world_size: 8, micro_batch_size: 1, seq_len: 8192, ..INPUT };
+    let input = PlanInput { num_shards: 8, micro_batch_size: 1, seq_len: 8192, ..INPUT };
     let plan = plan(llama(32, 4096, 14336, 32), input);
     assert_eq!(plan.num_params(), 8_030_261_248);
     let weights = (plan.num_params() - 128_256 * 4096) as f64;
@@ -180,7 +195,7 @@ fn operations_of_an_8b_model_are_the_published_estimate() {
 #[test]
 fn a_70b_model_on_64_ranks_is_planned_at_once() {
     let start = Instant::now();
-    let input = PlanInput { world_size: 64, micro_batch_size: 1, seq_len: 8192, accumulation: 8, ..INPUT };
+    let input = PlanInput { num_shards: 64, micro_batch_size: 1, seq_len: 8192, accumulation: 8, ..INPUT };
     let plan = plan(llama(80, 8192, 28672, 64), input);
     assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     assert_eq!(plan.num_params(), 70_553_706_496);

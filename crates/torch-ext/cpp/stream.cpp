@@ -60,8 +60,11 @@ FTE_API char* fte_stream_leave(c10::StreamGuard* guard) {
   return fte::guarded([&] { delete guard; });
 }
 
-FTE_API char* fte_event_new(int32_t type, c10::Event** event) {
-  return fte::guarded([&] { *event = new c10::Event(static_cast<c10::DeviceType>(type)); });
+FTE_API char* fte_event_new(int32_t type, bool timing, c10::Event** event) {
+  return fte::guarded([&] {
+    auto flag = timing ? c10::EventFlag::BACKEND_DEFAULT : c10::EventFlag::PYTORCH_DEFAULT;
+    *event = new c10::Event(static_cast<c10::DeviceType>(type), flag);
+  });
 }
 
 FTE_API void fte_event_delete(c10::Event* event) { delete event; }
@@ -80,6 +83,10 @@ FTE_API char* fte_event_query(const c10::Event* event, bool* done) {
 
 FTE_API char* fte_event_synchronize(const c10::Event* event) {
   return fte::guarded([&] { event->synchronize(); });
+}
+
+FTE_API char* fte_event_elapsed_ms(const c10::Event* start, const c10::Event* end, double* ms) {
+  return fte::guarded([&] { *ms = start->elapsedTime(*end); });
 }
 
 FTE_API void* fte_event_native_handle(const c10::Event* event) { return event->eventId(); }

@@ -1,8 +1,9 @@
-//! Attention on CPU: memory linear in the sequence, with the logsumexp that backward needs.
+//! Attention with memory linear in the sequence, and the logsumexp that backward needs.
 //!
-//! [`causal_attention`] is the one for training: for bf16 and an even head width, on processors with bf16
+//! [`causal_attention`] is the one for training. On CPU: for bf16 and an even head width, on processors with bf16
 //! products, our own kernel, else libtorch's flash attention, which [`flash_attention_cpu`] gives as it is, for other
-//! masks.
+//! masks. On CUDA: libtorch's flash attention, by the sequences' cumulative lengths, for bf16 and f16 and heads up to 192
+//! wide, on data-centre cards 256; else its memory-efficient attention, which repeats grouped key heads.
 //!
 //! Shapes: B batch, H query heads, G key heads, T query positions, S key positions, D head width; none of them 0.
 
@@ -12,12 +13,12 @@ use crate::error::{TorchError, check};
 use crate::ffi::{self, handle_or_null, take};
 
 /// `softmax(q k^T * scale) v` for q [B, H, T, D], k and v [B, G, T, D] where G divides H (query head h uses key head
-/// `h / (H / G)`), and its logsumexp [B, H, T] f32. Position t sees the `window` positions up to t, itself included, or
-/// all up to t.
+/// `h / (H / G)`), and its logsumexp for the backward: f32, on CPU [B, H, T], on CUDA as its kernel lays it out.
+/// Position t sees the `window` positions up to t, itself included, or all up to t.
 ///
-/// f32, bf16 or f16, the same for all, on CPU. The last dimension must be contiguous, the others may have any strides:
-/// views of [B, T, H, D] cost no copy, and the output has such strides too. `scale` is above 0. Records no graph. A
-/// window costs libtorch's kernel, but not ours, a mask [T, T].
+/// f32, bf16 or f16, the same for all, on CPU or CUDA. The last dimension must be contiguous, the others may have any
+/// strides: views of [B, T, H, D] cost no copy, and the output has such strides too. `scale` is above 0. Records no
+/// graph. A window costs libtorch's kernel on CPU, but no other, a mask [T, T].
 pub fn causal_attention(
     q: &Tensor,
     k: &Tensor,
@@ -26,16 +27,16 @@ pub fn causal_attention(
     window: Option<i64>,
 ) -> Result<(Tensor, Tensor), TorchError> {
     let window = check_settings(scale, window)?;
-    if !own_kernel_fits(q) {
+    let on_cuda = q.defined() && q.device().is_cuda();
+    if !on_cuda && !own_kernel_fits(q) {
         let mask = window_mask(q, window);
         let [k, v] = [k, v].map(|t| repeat_heads(t, q));
         return tch::no_grad(|| flash_attention_cpu(q, &k, &v, mask.is_none(), Some(scale), mask.as_ref()));
     }
+    let call = if on_cuda { ffi::fte_causal_attention_cuda } else { ffi::fte_causal_attention };
     let (mut out, mut logsumexp) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: tensors live through the call, outputs are places for one handle each.
-    let message = unsafe {
-        ffi::fte_causal_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), scale, window, &mut out, &mut logsumexp)
-    };
+    let message = unsafe { call(q.as_ptr(), k.as_ptr(), v.as_ptr(), scale, window, &mut out, &mut logsumexp) };
     check(CAUSAL, message)?;
     // SAFETY: the call succeeded: both handles are new tensors, taken once.
     Ok(unsafe { (take(out), take(logsumexp)) })
@@ -54,7 +55,8 @@ pub fn causal_attention_backward(
     window: Option<i64>,
 ) -> Result<(Tensor, Tensor, Tensor), TorchError> {
     let window = check_settings(scale, window)?;
-    if !own_kernel_fits(q) {
+    let on_cuda = q.defined() && q.device().is_cuda();
+    if !on_cuda && !own_kernel_fits(q) {
         let mask = window_mask(q, window);
         let (all_k, all_v) = (repeat_heads(k, q), repeat_heads(v, q));
         let (dq, dk, dv) = tch::no_grad(|| {
@@ -64,11 +66,12 @@ pub fn causal_attention_backward(
         })?;
         return Ok((dq, sum_heads(dk, k), sum_heads(dv, v)));
     }
+    let call = if on_cuda { ffi::fte_causal_attention_cuda_backward } else { ffi::fte_causal_attention_backward };
     let mut grads = [std::ptr::null_mut(); 3];
     let [dq, dk, dv] = &mut grads;
     // SAFETY: tensors live through the call, outputs are places for one handle each.
     let message = unsafe {
-        ffi::fte_causal_attention_backward(
+        call(
             grad_out.as_ptr(),
             q.as_ptr(),
             k.as_ptr(),

@@ -16,6 +16,11 @@ impl TorchError {
     pub(crate) fn new(op: &'static str, message: impl Into<String>) -> Self {
         Self { op, message: message.into() }
     }
+
+    /// The first line of what tch says: its messages carry the C++ stack.
+    pub(crate) fn from_tch(op: &'static str, error: &tch::TchError) -> Self {
+        Self::new(op, error.to_string().lines().next().unwrap_or_default())
+    }
 }
 
 /// The result of a shim call that returned `message`, which it frees.

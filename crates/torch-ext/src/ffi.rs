@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_void};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
-use crate::accelerator::RawMemoryStats;
+use crate::accelerator::{RawDeviceInfo, RawMemoryStats};
 use crate::error::TorchError;
 use crate::stream::RawStream;
 
@@ -105,6 +105,29 @@ unsafe extern "C" {
         grad_v: Out,
     ) -> *mut c_char;
 
+    pub(crate) fn fte_causal_attention_cuda(
+        q: In,
+        k: In,
+        v: In,
+        scale: f64,
+        window: i64,
+        out: Out,
+        logsumexp: Out,
+    ) -> *mut c_char;
+    pub(crate) fn fte_causal_attention_cuda_backward(
+        grad_out: In,
+        q: In,
+        k: In,
+        v: In,
+        out: In,
+        logsumexp: In,
+        scale: f64,
+        window: i64,
+        grad_q: Out,
+        grad_k: Out,
+        grad_v: Out,
+    ) -> *mut c_char;
+
     pub(crate) fn fte_stream_current(device_type: i32, index: i32, stream: *mut RawStream) -> *mut c_char;
     pub(crate) fn fte_stream_from_pool(
         device_type: i32,
@@ -118,12 +141,13 @@ unsafe extern "C" {
     pub(crate) fn fte_stream_enter(stream: RawStream, guard: *mut *mut CStreamGuard) -> *mut c_char;
     pub(crate) fn fte_stream_leave(guard: *mut CStreamGuard) -> *mut c_char;
 
-    pub(crate) fn fte_event_new(device_type: i32, event: *mut *mut CEvent) -> *mut c_char;
+    pub(crate) fn fte_event_new(device_type: i32, timing: bool, event: *mut *mut CEvent) -> *mut c_char;
     pub(crate) fn fte_event_delete(event: *mut CEvent);
     pub(crate) fn fte_event_record(event: *mut CEvent, stream: RawStream) -> *mut c_char;
     pub(crate) fn fte_event_block(event: *const CEvent, stream: RawStream) -> *mut c_char;
     pub(crate) fn fte_event_query(event: *const CEvent, done: *mut bool) -> *mut c_char;
     pub(crate) fn fte_event_synchronize(event: *const CEvent) -> *mut c_char;
+    pub(crate) fn fte_event_elapsed_ms(start: *const CEvent, end: *const CEvent, ms: *mut f64) -> *mut c_char;
     pub(crate) fn fte_event_native_handle(event: *const CEvent) -> *mut c_void;
 
     pub(crate) fn fte_accelerator_count(count: *mut i32) -> *mut c_char;
@@ -133,7 +157,14 @@ unsafe extern "C" {
     pub(crate) fn fte_accelerator_memory_stats(index: i32, stats: *mut RawMemoryStats) -> *mut c_char;
     pub(crate) fn fte_accelerator_reset_peak_memory(index: i32) -> *mut c_char;
 
+    pub(crate) fn fte_load_cuda() -> *mut c_char;
+    pub(crate) fn fte_cuda_driver_count(count: *mut i32) -> *mut c_char;
+    pub(crate) fn fte_cuda_device_info(index: i32, info: *mut RawDeviceInfo) -> *mut c_char;
+    pub(crate) fn fte_set_deterministic(on: bool) -> *mut c_char;
+
     pub(crate) fn fte_tune_malloc() -> bool;
+    pub(crate) fn fte_empty_pinned(size: *const i64, dims: usize, dtype_of: In, tensor: Out) -> *mut c_char;
+    pub(crate) fn fte_copy(dst: In, src: In, non_blocking: bool) -> *mut c_char;
 
     pub(crate) fn fte_rms_norm(x: In, weight: In, eps: f64, y: Out, rstd: Out) -> *mut c_char;
     pub(crate) fn fte_rms_norm_backward(dy: In, x: In, weight: In, rstd: In, dx: Out, dweight: Out) -> *mut c_char;
@@ -141,8 +172,22 @@ unsafe extern "C" {
     pub(crate) fn fte_rope_in_place(x: In, cos: In, sin: In, inverse: bool) -> *mut c_char;
     pub(crate) fn fte_silu_mul(gate: In, up: In, h: Out) -> *mut c_char;
     pub(crate) fn fte_silu_mul_backward(dh: In, gate: In, up: In, dgate: Out, dup: Out) -> *mut c_char;
-    pub(crate) fn fte_cross_entropy(logits: In, targets: In, scale: f64, loss_sum: *mut f64) -> *mut c_char;
+    pub(crate) fn fte_cross_entropy(logits: In, targets: In, scale: In, loss_sum: Out) -> *mut c_char;
     pub(crate) fn fte_accumulate(dst: In, src: In, overwrite: bool) -> *mut c_char;
+
+    pub(crate) fn fte_plain_rms_norm(x: In, weight: In, eps: f64, y: Out, rstd: Out) -> *mut c_char;
+    pub(crate) fn fte_plain_rms_norm_backward(
+        dy: In,
+        x: In,
+        weight: In,
+        rstd: In,
+        dx: Out,
+        dweight: Out,
+    ) -> *mut c_char;
+    pub(crate) fn fte_plain_rope(x: In, cos: In, sin: In, inverse: bool, y: Out) -> *mut c_char;
+    pub(crate) fn fte_plain_silu_mul(gate: In, up: In, h: Out) -> *mut c_char;
+    pub(crate) fn fte_plain_silu_mul_backward(dh: In, gate: In, up: In, dgate: Out, dup: Out) -> *mut c_char;
+    pub(crate) fn fte_plain_cross_entropy(logits: In, targets: In, scale: In, loss_sum: Out) -> *mut c_char;
 }
 
 /// The handles of `tensors`, valid while those are borrowed.

@@ -17,7 +17,7 @@ pub fn tune_malloc() -> bool {
 ///
 /// Tensors share memory freely: until `f` returns, nothing may write to this tensor's through another one.
 pub fn with_f32_slice<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R, TorchError> {
-    check_host("with_f32_slice", t, Some(Kind::Float))?;
+    check_host("with_f32_slice", t)?;
     if t.numel() == 0 {
         return Ok(f(&[]));
     }
@@ -29,7 +29,7 @@ pub fn with_f32_slice<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R, T
 ///
 /// Tensors share memory freely: until `f` returns, nothing may use this tensor's memory through another one.
 pub fn with_f32_slice_mut<R>(t: &mut Tensor, f: impl FnOnce(&mut [f32]) -> R) -> Result<R, TorchError> {
-    check_host("with_f32_slice_mut", t, Some(Kind::Float))?;
+    check_host("with_f32_slice_mut", t)?;
     if t.numel() == 0 {
         return Ok(f(&mut []));
     }
@@ -37,32 +37,8 @@ pub fn with_f32_slice_mut<R>(t: &mut Tensor, f: impl FnOnce(&mut [f32]) -> R) ->
     Ok(f(unsafe { std::slice::from_raw_parts_mut(t.data_ptr().cast(), t.numel()) }))
 }
 
-/// Calls `f` on the bytes of a contiguous CPU tensor of any dtype, little-endian on the machines libtorch runs on. The
-/// caution of [`with_f32_slice`] holds.
-pub fn with_bytes<R>(t: &Tensor, f: impl FnOnce(&[u8]) -> R) -> Result<R, TorchError> {
-    check_host("with_bytes", t, None)?;
-    if t.numel() == 0 {
-        return Ok(f(&[]));
-    }
-    let num_bytes = t.numel() * t.kind().elt_size_in_bytes();
-    // SAFETY: a contiguous tensor in host memory is `numel` elements at `data_ptr`, alive while borrowed.
-    Ok(f(unsafe { std::slice::from_raw_parts(t.data_ptr().cast(), num_bytes) }))
-}
-
-/// Calls `f` on the bytes of a contiguous CPU tensor of any dtype, to write. The caution of [`with_f32_slice_mut`]
-/// holds; bytes of a bool tensor must stay 0 or 1.
-pub fn with_bytes_mut<R>(t: &mut Tensor, f: impl FnOnce(&mut [u8]) -> R) -> Result<R, TorchError> {
-    check_host("with_bytes_mut", t, None)?;
-    if t.numel() == 0 {
-        return Ok(f(&mut []));
-    }
-    let num_bytes = t.numel() * t.kind().elt_size_in_bytes();
-    // SAFETY: as in `with_bytes`; the caller has the tensor for itself.
-    Ok(f(unsafe { std::slice::from_raw_parts_mut(t.data_ptr().cast(), num_bytes) }))
-}
-
-/// The conditions under which a tensor is a plain array in host memory.
-fn check_host(op: &'static str, t: &Tensor, kind: Option<Kind>) -> Result<(), TorchError> {
+/// The conditions under which a tensor is a plain array of f32 in host memory.
+fn check_host(op: &'static str, t: &Tensor) -> Result<(), TorchError> {
     if !t.defined() {
         return Err(TorchError::new(op, "expected a tensor, got an undefined one"));
     }
@@ -72,10 +48,8 @@ fn check_host(op: &'static str, t: &Tensor, kind: Option<Kind>) -> Result<(), To
     if t.is_sparse() || t.is_mkldnn() {
         return Err(TorchError::new(op, "expected a dense tensor"));
     }
-    if let Some(kind) = kind
-        && t.kind() != kind
-    {
-        return Err(TorchError::new(op, format!("expected dtype {kind:?}, got {:?}", t.kind())));
+    if t.kind() != Kind::Float {
+        return Err(TorchError::new(op, format!("expected dtype Float, got {:?}", t.kind())));
     }
     if !t.is_contiguous() {
         let message = format!("expected a contiguous tensor, got sizes {:?} with strides {:?}", t.size(), t.stride());

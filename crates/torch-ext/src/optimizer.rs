@@ -17,10 +17,11 @@ pub struct AdamW {
 
 /// One AdamW step in place on `params`, `exp_avgs` and `exp_avg_sqs`, as `torch.optim.AdamW(fused=True)`.
 ///
-/// All lists have the same length, and the tensors of one place the same shape, dtype and device, contiguous. `steps` holds
-/// one-element f32 tensors: the number of this step, from 1; the caller raises them. With `grad_scale` (one-element
-/// f32) gradients are divided by it, and written back so. When `found_inf` (one-element f32) is 1 nothing changes,
-/// without the host looking at it; it must be given, as without it libtorch reads an undefined tensor.
+/// All lists have the same length, and the tensors of one place the same shape, dtype and device, contiguous; all
+/// tensors of a call are on one device. `steps` holds one-element f32 tensors: the number of this step, from 1; the
+/// caller raises them. With `grad_scale` (one-element f32) gradients are divided by it, and written back so. When
+/// `found_inf` (one-element f32) is 1 nothing changes, without the host looking at it; it must be given, as without it
+/// libtorch reads an undefined tensor.
 #[allow(clippy::too_many_arguments)]
 pub fn fused_adamw(
     params: &[&Tensor],
@@ -39,14 +40,16 @@ pub fn fused_adamw(
             return Err(TorchError::new(OP, message));
         }
     }
+    let device = params.first().map_or(found_inf.device(), |p| p.device());
     // The fused kernels walk the memory of all four by the number of elements of the param.
     for (i, param) in params.iter().enumerate() {
         for (name, t) in
             [("param", *param), ("grad", grads[i]), ("exp_avg", exp_avgs[i]), ("exp_avg_sq", exp_avg_sqs[i])]
         {
-            let same = t.size() == param.size() && t.kind() == param.kind() && t.device() == param.device();
+            let same = t.size() == param.size() && t.kind() == param.kind() && t.device() == device;
             if !same || !t.is_contiguous() {
-                let message = format!("{name} {i}: expected contiguous {}, got {}", describe(param), describe(t));
+                let (expected, got) = (describe(param), describe(t));
+                let message = format!("{name} {i}: expected contiguous {expected}, all on {device:?}, got {got}");
                 return Err(TorchError::new(OP, message));
             }
         }
@@ -57,8 +60,9 @@ pub fn fused_adamw(
         .chain([("found_inf", found_inf)])
         .chain(grad_scale.map(|t| ("grad_scale", t)))
     {
-        if t.kind() != Kind::Float || t.numel() != 1 {
-            return Err(TorchError::new(OP, format!("{name}: expected one f32, got {}", describe(t))));
+        // They are read through their address.
+        if t.kind() != Kind::Float || t.numel() != 1 || t.device() != device {
+            return Err(TorchError::new(OP, format!("{name}: expected one f32 on {device:?}, got {}", describe(t))));
         }
     }
     let (params, grads) = (handles(params), handles(grads));

@@ -1,9 +1,10 @@
 //! Streams and events of any device type.
 //!
-//! On CPU there is one stream: it can be asked for, made current, queried and synchronized, and is always done.
-//! A stream from the pool, a native handle, and recording an event are errors there, as the device has none.
+//! On CPU there is one stream, which the pool gives too. Work on CPU is done when its call returns, so that stream is
+//! always done, events on it are done once recorded, and waiting for them is nothing.
 
 use std::ffi::c_void;
+use std::time::Instant;
 
 use tch::Device;
 
@@ -35,8 +36,11 @@ impl Stream {
         check("Stream::current", message).map(|()| Self(raw))
     }
 
-    /// A stream of libtorch's pool (32 of each priority on CUDA, handed out in turn).
+    /// A stream of libtorch's pool (32 of each priority on CUDA, handed out in turn); on CPU, its one stream.
     pub fn new_from_pool(device: Device, high_priority: bool) -> Result<Self, TorchError> {
+        if device == Device::Cpu {
+            return Self::current(device);
+        }
         let (device_type, index) = device_code("Stream::new_from_pool", device)?;
         let mut raw = NO_STREAM;
         // SAFETY: `raw` is a place for one stream.
@@ -59,10 +63,13 @@ impl Stream {
     }
 
     /// Work given to this stream from now on starts after what `event` has recorded; the host does not wait. Nothing
-    /// happens when the event was never recorded.
+    /// happens when the event was never recorded. The event must be of the stream's device type.
     pub fn wait(&self, event: &Event) -> Result<(), TorchError> {
-        // SAFETY: the event is alive while borrowed.
-        check("Stream::wait", unsafe { ffi::fte_event_block(event.event, self.0) })
+        match event.0 {
+            Inner::Cpu { .. } => self.expect_cpu("Stream::wait"),
+            // SAFETY: the event is alive while borrowed.
+            Inner::Device(event) => check("Stream::wait", unsafe { ffi::fte_event_block(event, self.0) }),
+        }
     }
 
     /// Whether all work given so far is done.
@@ -79,12 +86,22 @@ impl Stream {
         check("Stream::synchronize", unsafe { ffi::fte_stream_synchronize(self.0) })
     }
 
-    /// The device library's own handle, a `cudaStream_t` on CUDA; null there means the default stream.
+    /// The device library's own handle, a `cudaStream_t` on CUDA, where null means the default stream; null on CPU.
     pub fn native_handle(&self) -> Result<*mut c_void, TorchError> {
         let mut handle = std::ptr::null_mut();
+        if self.device() == Device::Cpu {
+            return Ok(handle);
+        }
         // SAFETY: `handle` is a place for one pointer.
         check("Stream::native_handle", unsafe { ffi::fte_stream_native_handle(self.0, &mut handle) })?;
         Ok(handle)
+    }
+
+    fn expect_cpu(&self, op: &'static str) -> Result<(), TorchError> {
+        match self.device() {
+            Device::Cpu => Ok(()),
+            other => Err(TorchError::new(op, format!("an event of the CPU, a stream of {other:?}"))),
+        }
     }
 }
 
@@ -104,56 +121,107 @@ impl Drop for StreamGuard {
     }
 }
 
-/// A point in a stream's work, without timing.
+/// A point in a stream's work.
 #[derive(Debug)]
-pub struct Event {
+pub struct Event(Inner);
+
+#[derive(Debug)]
+enum Inner {
+    /// When it was recorded last.
+    Cpu { timing: bool, recorded: Option<Instant> },
     /// Freed by Drop.
-    event: *mut CEvent,
+    Device(*mut CEvent),
 }
 
 // SAFETY: c10 events may move between threads; methods that change one take `&mut self`, and it is not Sync.
 unsafe impl Send for Event {}
 
 impl Event {
-    /// An event of `device`'s type, not recorded yet.
+    /// An event of `device`'s type, not recorded yet. On CUDA it is the cheapest kind, which has no time.
     pub fn new(device: Device) -> Result<Self, TorchError> {
-        let (device_type, _) = device_code("Event::new", device)?;
-        let mut event = std::ptr::null_mut();
-        // SAFETY: `event` is a place for one handle.
-        check("Event::new", unsafe { ffi::fte_event_new(device_type, &mut event) })?;
-        Ok(Self { event })
+        Self::with(device, false)
     }
 
-    /// Marks the work given to `stream` so far; an earlier mark is forgotten.
+    /// An event whose time can be compared, by [`Event::elapsed_ms`].
+    pub fn with_timing(device: Device) -> Result<Self, TorchError> {
+        Self::with(device, true)
+    }
+
+    fn with(device: Device, timing: bool) -> Result<Self, TorchError> {
+        let (device_type, _) = device_code("Event::new", device)?;
+        if device == Device::Cpu {
+            return Ok(Self(Inner::Cpu { timing, recorded: None }));
+        }
+        let mut event = std::ptr::null_mut();
+        // SAFETY: `event` is a place for one handle.
+        check("Event::new", unsafe { ffi::fte_event_new(device_type, timing, &mut event) })?;
+        Ok(Self(Inner::Device(event)))
+    }
+
+    /// Marks the work given to `stream` so far; an earlier mark is forgotten. The stream must be of the event's device
+    /// type.
     pub fn record(&mut self, stream: &Stream) -> Result<(), TorchError> {
-        // SAFETY: the event is alive and borrowed for us alone.
-        check("Event::record", unsafe { ffi::fte_event_record(self.event, stream.0) })
+        match &mut self.0 {
+            Inner::Cpu { timing, recorded } => {
+                stream.expect_cpu("Event::record")?;
+                *recorded = timing.then(Instant::now);
+                Ok(())
+            }
+            // SAFETY: the event is alive and borrowed for us alone.
+            Inner::Device(event) => check("Event::record", unsafe { ffi::fte_event_record(*event, stream.0) }),
+        }
     }
 
     /// Whether the marked work is done; true when nothing was recorded.
     pub fn query(&self) -> Result<bool, TorchError> {
+        let Inner::Device(event) = self.0 else { return Ok(true) };
         let mut done = false;
         // SAFETY: the event is alive while borrowed, `done` is a place for one bool.
-        check("Event::query", unsafe { ffi::fte_event_query(self.event, &mut done) })?;
+        check("Event::query", unsafe { ffi::fte_event_query(event, &mut done) })?;
         Ok(done)
     }
 
     /// Blocks the host until the marked work is done.
     pub fn synchronize(&self) -> Result<(), TorchError> {
+        let Inner::Device(event) = self.0 else { return Ok(()) };
         // SAFETY: the event is alive while borrowed.
-        check("Event::synchronize", unsafe { ffi::fte_event_synchronize(self.event) })
+        check("Event::synchronize", unsafe { ffi::fte_event_synchronize(event) })
     }
 
-    /// The device library's own handle, a `cudaEvent_t` on CUDA; null before the first record.
+    /// Milliseconds from this event to `end`, negative where that came first: of the device's own clock, or on CPU
+    /// between the calls of [`Event::record`]. Both were made [`Event::with_timing`], are recorded, and done.
+    pub fn elapsed_ms(&self, end: &Event) -> Result<f64, TorchError> {
+        const OP: &str = "Event::elapsed_ms";
+        match (&self.0, &end.0) {
+            (Inner::Device(start), Inner::Device(end)) => {
+                let mut ms = 0.0;
+                // SAFETY: both events are alive while borrowed, `ms` is a place for one f64.
+                check(OP, unsafe { ffi::fte_event_elapsed_ms(*start, *end, &mut ms) })?;
+                Ok(ms)
+            }
+            (Inner::Cpu { recorded: Some(start), .. }, Inner::Cpu { recorded: Some(end), .. }) => {
+                let forward = end.saturating_duration_since(*start).as_secs_f64();
+                Ok((forward - start.saturating_duration_since(*end).as_secs_f64()) * 1e3)
+            }
+            _ => Err(TorchError::new(OP, "expected two events of one device type, made with timing and recorded")),
+        }
+    }
+
+    /// The device library's own handle, a `cudaEvent_t` on CUDA; null before the first record, and on CPU.
     pub fn native_handle(&self) -> *mut c_void {
-        // SAFETY: the event is alive while borrowed.
-        unsafe { ffi::fte_event_native_handle(self.event) }
+        match self.0 {
+            Inner::Cpu { .. } => std::ptr::null_mut(),
+            // SAFETY: the event is alive while borrowed.
+            Inner::Device(event) => unsafe { ffi::fte_event_native_handle(event) },
+        }
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: the event is owned and deleted once.
-        unsafe { ffi::fte_event_delete(self.event) }
+        if let Inner::Device(event) = self.0 {
+            // SAFETY: the event is owned and deleted once.
+            unsafe { ffi::fte_event_delete(event) }
+        }
     }
 }

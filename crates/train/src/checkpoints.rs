@@ -11,7 +11,6 @@ use fsdp_checkpoint::sharded::{
 use fsdp_config::{JobConfig, Resume, compatible_for_resume};
 use fsdp_control::store::Store;
 use fsdp_data::Position;
-use fsdp_torch_ext as ext;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -41,12 +40,12 @@ pub struct Checkpoints {
     data_digest: String,
     tokenizer_digest: String,
     rank: usize,
-    world_size: usize,
+    num_shards: usize,
     timeout: Duration,
 }
 
 impl Checkpoints {
-    pub fn new(config: &JobConfig, data_digest: String, rank: usize, world_size: usize) -> Self {
+    pub fn new(config: &JobConfig, data_digest: String, rank: usize, num_shards: usize) -> Self {
         Checkpoints {
             root: config.output.dir.join("checkpoints"),
             keep: config.checkpoint.keep as usize,
@@ -54,7 +53,7 @@ impl Checkpoints {
             data_digest,
             tokenizer_digest: tokenizer_digest(Path::new(&config.model.path)),
             rank,
-            world_size,
+            num_shards,
             timeout: Duration::from_secs(config.fsdp.timeout_secs),
         }
     }
@@ -146,15 +145,14 @@ impl Checkpoints {
         let state: TrainerState = serde_json::from_value(manifest.meta.trainer.clone())
             .map_err(|e| TrainError::BadInput(format!("{}: trainer state: {e}", from.dir().display())))?;
         let wanted = weights::tensors(engine.plan());
-        let pieces = engine.pieces().to_vec();
         for (name, kind) in STATES {
             from.expect(name, &wanted)?;
-            ext::with_f32_slice_mut(engine.state_mut(kind), |flat| {
-                pieces.iter().try_for_each(|p| from.read_f32(name, &p.name, p.start, &mut flat[p.flat.clone()]))
-            })??;
+            engine.write_state(kind, |p, values| -> Result<(), TrainError> {
+                Ok(from.read_f32(name, &p.name, p.start, values)?)
+            })?;
         }
         let scaler = state.scaler.map(|(scale, good_steps)| LossScaler { scale, good_steps });
-        engine.set_progress(state.optimizer_steps, scaler);
+        engine.set_progress(state.optimizer_steps, scaler)?;
         Ok(state)
     }
 
@@ -165,12 +163,12 @@ impl Checkpoints {
             let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
             return Err(TrainError::BadInput(format!("cannot resume from {}: {}", dir.display(), all.join("; "))));
         }
-        if manifest.world_size != self.world_size {
+        if manifest.world_size != self.num_shards {
             return Err(TrainError::BadInput(format!(
-                "cannot resume from {}: it was saved by {} ranks, this run has {}; another number of ranks is not built yet",
+                "cannot resume from {}: it was saved in {} shards, one a rank, this run has {}; another number is not built yet",
                 dir.display(),
                 manifest.world_size,
-                self.world_size
+                self.num_shards
             )));
         }
         for (what, saved, now) in [
@@ -191,12 +189,14 @@ impl Checkpoints {
     /// Saves the state after `state.step`; returns when it is committed. Collective.
     pub fn save(&self, engine: &mut Engine, store: &mut Store, state: &TrainerState) -> Result<(), TrainError> {
         let save_id = self.new_save_id(store, state.step)?;
-        let result = self.save_as(engine, store, state, &save_id);
+        // Ranks of the first replica come first, and have all shards.
+        let result = if self.rank < self.num_shards { self.save_as(engine, store, state, &save_id) } else { Ok(()) };
         if result.is_err() && self.rank == 0 {
             // The failure itself is what is reported.
             let _ = sharded::abort(&self.root, state.step, &save_id);
         }
-        result
+        result?;
+        Ok(engine.barrier()?)
     }
 
     fn save_as(
@@ -219,17 +219,16 @@ impl Checkpoints {
                 })
             })
             .collect();
-        let mut writer = ShardWriter::create(&self.root, state.step, save_id, self.rank, self.world_size, &chunks)?;
+        let num_shards = self.num_shards;
+        let mut writer = ShardWriter::create(&self.root, state.step, save_id, self.rank, num_shards, &chunks)?;
         for (_, kind) in STATES {
-            ext::with_f32_slice(engine.state(kind), |flat| {
-                pieces.iter().try_for_each(|p| writer.write_f32(&flat[p.flat.clone()]))
-            })??;
+            engine.read_state(kind, |_, values| -> Result<(), TrainError> { Ok(writer.write_f32(values)?) })?;
         }
         let report = writer.finish()?;
         let key = |rank: usize| format!("shard/{save_id}/{rank}");
         if self.rank == 0 {
             let mut reports = vec![report];
-            for rank in 1..self.world_size {
+            for rank in 1..num_shards {
                 let bytes = store.get(&key(rank), self.timeout)?;
                 let report: ShardReport = serde_json::from_slice(&bytes).map_err(|source| TrainError::Message {
                     rank,
@@ -246,7 +245,7 @@ impl Checkpoints {
         } else {
             store.set(&key(self.rank), &serde_json::to_vec(&report).expect("a report is plain data"))?;
         }
-        Ok(engine.process_group().barrier()?)
+        Ok(())
     }
 
     fn meta(&self, state: &TrainerState) -> ManifestMeta {

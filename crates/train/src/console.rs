@@ -63,6 +63,8 @@ pub struct Figures {
     pub loss: f64,
     pub grad_norm: f64,
     pub tokens_per_second: f64,
+    /// Where the device's peak is known.
+    pub mfu: Option<f64>,
     pub peak_memory_bytes: u64,
     pub remaining: Duration,
 }
@@ -70,13 +72,14 @@ pub struct Figures {
 impl Figures {
     fn line(&self) -> String {
         format!(
-            "step: {:>width$}/{}  loss: {:8.5}  grad_norm: {:7.4}  memory: {:5.2}GiB  tps: {:.0}  remaining: {}",
+            "step: {:>width$}/{}  loss: {:8.5}  grad_norm: {:7.4}  memory: {:5.2}GiB  tps: {:.0}{}  remaining: {}",
             self.step,
             self.total_steps,
             self.loss,
             self.grad_norm,
             self.peak_memory_bytes as f64 / (1u64 << 30) as f64,
             self.tokens_per_second,
+            self.mfu.map_or_else(String::new, |mfu| format!("  mfu: {:.1}%", 100.0 * mfu)),
             duration(self.remaining),
             width = self.total_steps.to_string().len(),
         )

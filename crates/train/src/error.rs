@@ -54,8 +54,10 @@ impl TrainError {
 
     fn kind(&self) -> ErrorKind {
         match self {
-            // Not the data's fault.
-            TrainError::Data(DataError::Io { .. }) => ErrorKind::Io,
+            // Before the first step, a file that cannot be read is a wrong path; later, it is not the data's fault.
+            TrainError::Data(DataError::Io { .. }) if STEP.load(Ordering::Relaxed) > 0 => ErrorKind::Io,
+            // It ends with the launcher, or with rank 0.
+            TrainError::Control(ControlError::StoreLost { .. }) => ErrorKind::PeerLost,
             // Another rank did not say in time what this one waits for.
             TrainError::Control(ControlError::KeyTimeout { .. } | ControlError::BarrierTimeout { .. }) => {
                 ErrorKind::CollectiveTimeout

@@ -1,26 +1,40 @@
-//! fsdp-train: one rank of a training job. `fsdp-launch` starts one for each rank, with `fsdp-train CONFIG` and the
-//! variables of `fsdp_control::env`.
+//! fsdp-train: one rank of a training job. `fsdp-launch`, `mpirun` or `srun` starts one for each rank, with
+//! `fsdp-train CONFIG` and the variables of `fsdp_control::env`.
 //!
 //! Layout:
 //! - `main`: the process around the trainer: signals, logs, error record, exit status.
+//! - [`bootstrap`]: the config in agreement with all ranks; what rank 0 does where no launcher has prepared the run.
+//! - [`verdict`]: how ranks that no launcher watches learn of each other's ends.
 //! - [`trainer`]: the job on one rank, from config to exported model; `Trainer::train_step`.
+//! - [`device`]: the GPU of a rank, and the cores next to it.
 //! - [`weights`]: first weights from files or at random, and the export.
 //! - [`checkpoints`]: saving, and choosing what to resume from.
 //! - [`validation`]: validation loss and greedy answers.
 //! - [`metrics`]: `metrics.jsonl`, one line a step.
+//! - [`step_log`]: what is told of each step.
+//! - [`mfu`]: the model's operations, and their share of a card's peak.
+//! - [`traces`]: timelines of steps, in the Chrome trace format.
 //! - [`console`]: what a person sees: the live line, log lines.
 //! - [`error`]: what can go wrong, as exit status and error record.
 #![forbid(unsafe_code)]
 
+mod bootstrap;
 mod checkpoints;
 mod console;
+mod device;
 mod error;
 mod metrics;
+mod mfu;
+mod step_log;
+mod traces;
 mod trainer;
 mod validation;
+mod verdict;
 mod weights;
 
-use std::path::Path;
+use std::ffi::OsString;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
@@ -29,31 +43,57 @@ use fsdp_control::env::WorkerEnv;
 use fsdp_control::error_file::{self, ErrorKind, ErrorRecord};
 use fsdp_control::progress::{Progress, ProgressHandle};
 use fsdp_control::stop::StopFlag;
-use fsdp_control::{ExitStatus, lifeline};
+use fsdp_control::{ExitStatus, host_name, lifeline};
 
+use crate::bootstrap::Run;
 use crate::error::{STEP, TrainError};
 use crate::trainer::{Outcome, Trainer};
 
+const USAGE: &str = "usage: fsdp-train CONFIG [--set table.key=value]...
+       fsdp-train --features
+One rank of a job; fsdp-launch, mpirun or srun starts it. --features prints the back ends that are built.";
+
 fn main() -> ExitCode {
-    let status = match std::env::args_os().collect::<Vec<_>>().as_slice() {
-        [_, config] => run(Path::new(config)),
-        _ => {
-            eprintln!("usage: fsdp-train CONFIG\nOne rank of a job; fsdp-launch starts it.");
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if args == ["--features"] {
+        print!("{}shm\nnccl\n", if cfg!(feature = "mpi") { "mpi\n" } else { "" });
+        return ExitStatus::Done.into();
+    }
+    let status = match parse(&args) {
+        Some((config, sets)) => run(&config, &sets),
+        None => {
+            eprintln!("{USAGE}");
             ExitStatus::BadInput
         }
     };
     status.into()
 }
 
+/// The config's path and the values of `--set`; `None` if the arguments are not those of a rank.
+fn parse(args: &[OsString]) -> Option<(PathBuf, Vec<String>)> {
+    let (config, rest) = args.split_first()?;
+    let mut sets = Vec::new();
+    let mut rest = rest.iter();
+    while let Some(flag) = rest.next() {
+        let value = match flag.to_str()? {
+            "--set" => rest.next()?.to_str()?,
+            joined => joined.strip_prefix("--set=")?,
+        };
+        sets.push(value.to_owned());
+    }
+    (!config.to_string_lossy().starts_with('-')).then(|| (config.into(), sets))
+}
+
 /// Runs one rank; every failure ends as a line on stderr, a record for the launcher, and a status.
-fn run(config: &Path) -> ExitStatus {
+fn run(config: &Path, sets: &[String]) -> ExitStatus {
     let env = match WorkerEnv::from_env() {
         Ok(env) => env,
         Err(error) => {
-            eprintln!("fsdp-train: {error}; start ranks with fsdp-launch");
+            eprintln!("fsdp-train: {error}");
             return ExitStatus::BadInput;
         }
     };
+    let whoami = format!("rank {} (host {}, pid {})", env.rank, host_name(), std::process::id());
     // Before anything that takes time: a signal must find its handler, a dead launcher its mourners.
     let prepared = StopFlag::install().and_then(|stop| {
         if let Some(fd) = env.lifeline_fd {
@@ -65,33 +105,63 @@ fn run(config: &Path) -> ExitStatus {
     let (stop, progress) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
-            eprintln!("fsdp-train: rank {}: {error}", env.rank);
+            eprintln!("fsdp-train: {whoami}: {error}");
             return ExitStatus::Failed;
         }
     };
-    let config = match JobConfig::from_resolved(config) {
-        Ok(config) => config,
-        Err(error) => {
-            eprintln!("fsdp-train: {error}");
-            return ExitStatus::BadInput;
+    let run = match Run::join(env.clone(), config, sets) {
+        Ok(run) => run,
+        Err(refused) => {
+            if let Some(error) = refused.error {
+                eprintln!("fsdp-train: {whoami}: {error}");
+            }
+            return refused.status;
         }
     };
-    let log_dir = config.output.dir.join("logs");
-    if let Err(error) = console::start_logging(&log_dir, &env) {
-        eprintln!("fsdp-train: rank {}: {}: {error}", env.rank, log_dir.display());
-        return ExitStatus::BadInput;
+    let outcome = in_logs(&run.config, &env, stop, progress);
+    let status = run.end(outcome);
+    if !matches!(status, ExitStatus::Done | ExitStatus::Stopped) {
+        fsdp_comm::mpi::abort_job(status.code() as u8);
     }
-    record_panics(&log_dir, &env);
-    match train(config, &env, stop, progress) {
-        Ok(Outcome::Done) => ExitStatus::Done,
-        Ok(Outcome::Stopped) => ExitStatus::Stopped,
-        Err(error) => {
-            let record = error.record(&env);
-            tracing::error!("{}", record.message);
+    status
+}
+
+/// Trains, with logs and error records in the output folder.
+fn in_logs(
+    config: &JobConfig,
+    env: &WorkerEnv,
+    stop: StopFlag,
+    progress: Option<ProgressHandle>,
+) -> Result<Outcome, Box<ErrorRecord>> {
+    let log_dir = config.output.dir.join("logs");
+    if let Err(source) = console::start_logging(&log_dir, env) {
+        let error = TrainError::BadInput(format!("{}: cannot write logs: {source}", log_dir.display()));
+        let record = error.record(env);
+        eprintln!("fsdp-train: {}", verdict::describe(&record));
+        return Err(Box::new(record));
+    }
+    record_panics(&log_dir, env);
+    // A panic has left a record, and ends as any failure does.
+    match catch_unwind(AssertUnwindSafe(|| train(config.clone(), env, stop, progress))) {
+        Ok(Ok(outcome)) => Ok(outcome),
+        Ok(Err(error)) => {
+            let record = error.record(env);
+            // A launcher says who it was.
+            match env.lifeline_fd {
+                Some(_) => tracing::error!("{}", record.message),
+                None => tracing::error!("{}", verdict::describe(&record)),
+            }
             if let Err(error) = error_file::write(&log_dir, &record) {
                 tracing::error!("{error}");
             }
-            error.exit_status()
+            Err(Box::new(record))
+        }
+        Err(_) => {
+            let record = error_file::read(&log_dir, env.rank).ok().flatten().unwrap_or_else(|| {
+                let message = format!("panic; see rank-{}.log", env.rank);
+                ErrorRecord::new(env.rank, env.local_rank, ErrorKind::Panic, message, ExitStatus::Failed)
+            });
+            Err(Box::new(record))
         }
     }
 }

@@ -27,9 +27,24 @@ pub struct StepLine {
     pub data_time_s: f64,
     pub comm_time_s: f64,
     pub epoch: u64,
+    /// Operations of the model, see [`crate::mfu`], and their share of the device's peak, of one rank.
+    pub tflops: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
+    #[serde(flatten)]
+    pub allocator: Option<AllocatorFigures>,
     /// fp16: the gradient overflowed and nothing was updated.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,
+}
+
+/// What libtorch's allocator of rank 0's GPU tells.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct AllocatorFigures {
+    pub max_active_bytes: u64,
+    pub max_reserved_bytes: u64,
+    pub num_alloc_retries: u64,
+    pub num_ooms: u64,
 }
 
 /// One validation.
@@ -74,13 +89,6 @@ impl StepLines {
         text.push(b'\n');
         self.file.write_all(&text).map_err(|source| TrainError::Io { path: self.path.clone(), source })
     }
-}
-
-/// Largest resident set of this process so far, in bytes (`VmHWM`); 0 if the system does not tell.
-pub fn peak_resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or_default();
-    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
 #[cfg(test)]

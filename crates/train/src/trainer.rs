@@ -4,21 +4,27 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use fsdp::{AdamWConfig, Engine, EngineConfig, MicroBatch, StepReport};
-use fsdp_comm::{ProcessGroup, ReduceOp};
-use fsdp_config::{self as config, JobConfig};
+use fsdp::{AdamWConfig, Engine, EngineConfig, Groups, MicroBatch, StartedStep};
+use fsdp_comm::ProcessGroup;
+use fsdp_config::{self as config, Backend, JobConfig};
 use fsdp_control::env::WorkerEnv;
 use fsdp_control::progress::ProgressHandle;
 use fsdp_control::stop::StopFlag;
 use fsdp_control::store::Store;
 use fsdp_data::{DataSpec, Dataset, Loader};
 use fsdp_plan::{Architecture, Plan};
-use tch::Tensor;
+use fsdp_torch_ext::accelerator;
+use tch::Device;
 
+use crate::bootstrap::resolve_backend;
 use crate::checkpoints::{Checkpoints, TrainerState};
-use crate::console::{Console, Figures};
+use crate::console::Console;
+use crate::device;
 use crate::error::{STEP, TrainError};
-use crate::metrics::{StepLine, StepLines, ValidationLine, peak_resident_bytes};
+use crate::metrics::{StepLines, ValidationLine};
+use crate::mfu;
+use crate::step_log::{Rates, StepFacts, StepLog};
+use crate::traces::Tracer;
 use crate::validation::Validator;
 use crate::weights::{self, Exported};
 
@@ -40,25 +46,34 @@ pub struct Trainer {
     loader: Loader,
     validator: Validator,
     checkpoints: Checkpoints,
+    log: StepLog,
     /// Rank 0's, while it trains.
-    metrics: Option<StepLines>,
     answers: Option<StepLines>,
-    console: Console,
+    tracer: Tracer,
     stop: StopFlag,
     progress: Option<ProgressHandle>,
     total_steps: u64,
-    /// Steps done.
+    /// Steps started.
     step: u64,
+    /// The step that the device works on, while its verdict is not read.
+    started: Option<Started>,
+    /// A rank was asked to stop, as the last verdict says.
+    stops: bool,
     /// The step of the newest committed checkpoint of this run.
     saved_step: Option<u64>,
-    last_step_end: Instant,
-    recent_times: RecentTimes,
+}
+
+/// A step of which the verdict is to come, and what its line of metrics will say besides.
+#[derive(Debug)]
+struct Started {
+    work: StartedStep,
+    facts: StepFacts,
 }
 
 impl Trainer {
     /// Opens everything and brings the state to where training begins. Collective.
     pub fn new(
-        config: JobConfig,
+        mut config: JobConfig,
         env: &WorkerEnv,
         stop: StopFlag,
         progress: Option<ProgressHandle>,
@@ -67,14 +82,29 @@ impl Trainer {
         let (rank, world_size) = (env.rank, env.world_size);
         let timeout = Duration::from_secs(config.fsdp.timeout_secs);
         let console = Console::new(env, config.metrics.log_every);
+        let compute = device::choose(config.fsdp.device, env)?;
+        let has_gpu = compute.device != Device::Cpu;
+        config.fsdp.device = if has_gpu { config::Device::Cuda } else { config::Device::Cpu };
+        config.fsdp.backend = resolve_backend(config.fsdp.backend, env, has_gpu, cfg!(feature = "mpi"))?;
+        // A rank that sees one GPU may have it to itself; else NCCL says that it has not.
+        if config.fsdp.backend == Backend::Nccl && compute.num_gpus > 1 && env.local_world_size > compute.num_gpus {
+            return Err(TrainError::BadInput(format!(
+                "[fsdp] backend = \"nccl\": expected one GPU a rank, got {} ranks and {} GPUs on this node; start fewer \
+                 ranks, or use \"shm\"",
+                env.local_world_size, compute.num_gpus
+            )));
+        }
+        if config.training.deterministic {
+            accelerator::set_deterministic(true)?;
+        }
         tch::set_num_threads(num_threads(env));
 
         console.phase("opening model and data");
         let arch = Architecture::from_config_json(Path::new(&config.model.path))?;
         let vocab_size = arch.vocab_size;
-        let plan = Plan::for_job(&config, arch, world_size)?;
+        let plan = Plan::for_job(&config, arch, world_size, env.local_world_size)?;
         let dataset = Dataset::open(&DataSpec::for_training(&config, vocab_size))?;
-        let checkpoints = Checkpoints::new(&config, dataset.digest(), rank, world_size);
+        let checkpoints = Checkpoints::new(&config, dataset.digest(), rank, plan.num_shards);
         let validator = Validator::open(&config, dataset.format(), vocab_size, (rank, world_size))?;
         let accumulation = config.num_microbatches(world_size as u64)? as usize;
         let micro_batch_size = config.training.micro_batch_size as usize;
@@ -85,8 +115,22 @@ impl Trainer {
         };
 
         let mut store = Store::connect((&env.master_addr, env.master_port), timeout)?;
-        let pg = ProcessGroup::connect_shm(&mut store, rank, world_size, timeout, progress.clone())?;
-        let mut engine = Engine::new(plan, engine_config(&config), pg)?;
+        let watched = progress.clone();
+        let world = match config.fsdp.backend {
+            Backend::Nccl => {
+                ProcessGroup::connect_nccl(&mut store, rank, world_size, compute.device, timeout, watched)?
+            }
+            Backend::Mpi => ProcessGroup::connect_mpi(&mut store, rank, world_size, timeout, watched)?,
+            Backend::Auto | Backend::Shm => ProcessGroup::connect_shm(&mut store, rank, world_size, timeout, watched)?,
+        };
+        let world = if has_gpu && world.device() == Device::Cpu { world.staged(compute.device) } else { world };
+        let groups = Groups::new(world, &mut store, plan.num_shards)?;
+        let rates = Rates {
+            tokens_per_step: (accumulation * micro_batch_size) as f64 * config.training.seq_len as f64,
+            flops_per_token: mfu::flops_per_token(&plan, config.training.seq_len as usize),
+            peak_tflops: config.metrics.peak_tflops.or(compute.info.as_ref().and_then(|i| mfu::peak_tflops(&i.name))),
+        };
+        let mut engine = Engine::new(plan, engine_config(&config), groups)?;
 
         console.phase("loading weights");
         let resumed = checkpoints.resume(&config, &mut engine, &mut store)?;
@@ -101,12 +145,15 @@ impl Trainer {
             }
         };
         tracing::info!(
-            "{} parameters on {world_size} ranks, {} threads each, ready in {:.2} s",
+            "{} parameters on {world_size} ranks ({}, {}), {} threads each, ready in {:.2} s",
             engine.plan().num_params(),
+            compute.info.as_ref().map_or("cpu", |info| &info.name),
+            config.fsdp.backend.name(),
             tch::get_num_threads(),
             start.elapsed().as_secs_f64()
         );
         Ok(Trainer {
+            tracer: Tracer::new(&config, rank),
             config,
             rank,
             engine,
@@ -114,21 +161,36 @@ impl Trainer {
             loader,
             validator,
             checkpoints,
-            metrics: None,
+            log: StepLog::new(console, rates, total_steps),
             answers: None,
-            console,
             stop,
             progress,
             total_steps,
             step,
+            started: None,
+            stops: false,
             saved_step: resumed.map(|s| s.step),
-            last_step_end: start,
-            recent_times: RecentTimes::default(),
         })
     }
 
-    /// Trains to the end, or until a rank is asked to stop.
+    /// Trains to the end, or until a rank is asked to stop. Where that fails, it leaves what the process groups did last.
     pub fn run(mut self) -> Result<Outcome, TrainError> {
+        match self.train() {
+            Ok(outcome) => {
+                self.engine.close()?;
+                Ok(outcome)
+            }
+            Err(error) => {
+                let (dir, stem) = (self.config.output.dir.join("logs"), format!("flight-rank-{}", self.rank));
+                if let Err(error) = self.engine.write_flight_records(&dir, &stem) {
+                    tracing::warn!("{error}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn train(&mut self) -> Result<Outcome, TrainError> {
         if self.is_finished()? {
             tracing::info!("nothing to do: all {} steps are done and exported", self.total_steps);
             return Ok(Outcome::Done);
@@ -140,34 +202,40 @@ impl Trainer {
             )));
         }
         // All ranks have looked before rank 0 removes it.
-        self.engine.process_group().barrier()?;
+        self.engine.barrier()?;
         if self.rank == 0 {
             Exported::forget(&self.config)?;
             let dir = &self.config.output.dir;
-            self.metrics = Some(StepLines::open(&dir.join("metrics.jsonl"), self.step)?);
+            self.log.metrics = Some(StepLines::open(&dir.join("metrics.jsonl"), self.step)?);
             if self.validator.has_prompts() {
                 self.answers = Some(StepLines::open(&dir.join("answers.jsonl"), self.step)?);
             }
         }
-        self.last_step_end = Instant::now();
+        self.log.restart_clock();
         while self.step < self.total_steps {
-            let stop = self.train_step()?;
+            self.start_step()?;
             let is_last = self.step == self.total_steps;
             let validates = is_due(self.step, self.config.validation.as_ref().map_or(0, |v| v.every_steps)) || is_last;
+            let every_steps = self.config.checkpoint.every_steps;
+            let saves = is_due(self.step, every_steps) || (is_last && every_steps > 0);
+            // A GPU goes on with the next step while this one's verdict comes.
+            if validates || saves || self.engine.device() == Device::Cpu {
+                self.finish_step()?;
+            }
             // Who asks to stop does not wait for a validation.
-            let stop = stop || (validates && !self.validate()?);
+            let stop = self.stops || (validates && !self.validate()?);
             if stop && !is_last {
+                self.finish_step()?;
                 self.save()?;
                 let signal = self.stop.signal_name().map_or_else(String::new, |name| format!(" by {name}"));
                 tracing::info!("stopped{signal} after step {}; the same command goes on from here", self.step);
                 return Ok(Outcome::Stopped);
             }
-            let every_steps = self.config.checkpoint.every_steps;
-            if is_due(self.step, every_steps) || (is_last && every_steps > 0) {
+            if saves {
                 self.save()?;
             }
         }
-        self.console.phase("exporting the model");
+        self.log.console.phase("exporting the model");
         weights::export(&mut self.engine, &self.config, self.step)?;
         tracing::info!("exported {}", self.config.output.dir.join("hf").display());
         Ok(Outcome::Done)
@@ -183,8 +251,8 @@ impl Trainer {
         }
     }
 
-    /// One optimizer step: microbatches, program, metrics. Returns whether any rank was asked to stop.
-    fn train_step(&mut self) -> Result<bool, TrainError> {
+    /// One optimizer step: microbatches, program. The verdict of the step before is read once this one is on its way.
+    fn start_step(&mut self) -> Result<(), TrainError> {
         let step = self.step + 1;
         STEP.store(step, Ordering::Relaxed);
         if let Some(progress) = &self.progress {
@@ -192,59 +260,38 @@ impl Trainer {
         }
         let epoch = self.loader.position().epoch;
         let data_start = Instant::now();
-        let batches: Vec<MicroBatch> = self
-            .loader
-            .next_step()?
+        let device = self.engine.device();
+        let batches = self.loader.next_step()?;
+        let batches = batches
             .iter()
-            .map(|b| MicroBatch::new(&b.input_ids, &b.targets, b.num_valid_tokens))
-            .collect();
+            .map(|b| MicroBatch::new(&b.input_ids, &b.targets, b.num_valid_tokens, device))
+            .collect::<Result<Vec<_>, _>>()?;
         let data_time = data_start.elapsed();
         let lr = self.config.lr_at(step, self.total_steps);
-        let report = self.engine.train_step(&batches, lr, self.stop.is_set())?;
+        if self.tracer.traces(step) {
+            self.finish_step()?;
+            self.engine.start_timeline()?;
+        }
+        let start = Instant::now();
+        let work = self.engine.start_step(batches, lr, self.stop.is_set())?;
         self.step = step;
-        self.log_step(&report, lr, epoch, data_time)?;
-        Ok(report.stop)
+        self.finish_step()?;
+        STEP.store(step, Ordering::Relaxed);
+        self.started = Some(Started { work, facts: StepFacts { step, lr, epoch, data_time } });
+        if self.tracer.traces(step) {
+            let spans = self.engine.take_timeline()?;
+            self.tracer.take(step, start, spans, step == self.total_steps)?;
+        }
+        Ok(())
     }
 
-    fn log_step(&mut self, report: &StepReport, lr: f64, epoch: u64, data_time: Duration) -> Result<(), TrainError> {
-        let peak = Tensor::from_slice(&[peak_resident_bytes() as i64]);
-        self.engine.process_group().all_reduce(&peak, ReduceOp::Max)?;
-        let peak_memory_bytes = peak.int64_value(&[0]) as u64;
-        let now = Instant::now();
-        let step_time = now - self.last_step_end;
-        self.last_step_end = now;
-        let tokens_per_second = report.num_tokens as f64 / step_time.as_secs_f64();
-        if let Some(metrics) = &mut self.metrics {
-            metrics.write(&StepLine {
-                step: self.step,
-                loss: report.loss,
-                grad_norm: report.grad_norm,
-                lr,
-                tokens: report.num_tokens,
-                step_time_s: step_time.as_secs_f64(),
-                tokens_per_second,
-                peak_memory_bytes,
-                data_time_s: data_time.as_secs_f64(),
-                comm_time_s: report.comm_time.as_secs_f64(),
-                epoch,
-                skipped: report.skipped,
-            })?;
-        }
-        if report.skipped {
-            tracing::warn!("step {}: fp16 gradients overflowed; loss scale halved, nothing updated", self.step);
-        }
-        let steps_left = u32::try_from(self.total_steps - self.step).unwrap_or(u32::MAX);
-        let remaining = self.recent_times.add(step_time).saturating_mul(steps_left);
-        self.console.step(&Figures {
-            step: self.step,
-            total_steps: self.total_steps,
-            loss: report.loss,
-            grad_norm: report.grad_norm,
-            tokens_per_second,
-            peak_memory_bytes,
-            remaining,
-        });
-        Ok(())
+    /// Reads the verdict of the step under way, if there is one, and logs it.
+    fn finish_step(&mut self) -> Result<(), TrainError> {
+        let Some(Started { work, facts }) = self.started.take() else { return Ok(()) };
+        STEP.store(facts.step, Ordering::Relaxed);
+        let report = self.engine.finish_step(work)?;
+        self.stops |= report.stop;
+        self.log.step(&facts, &report, self.engine.device())
     }
 
     /// Validation loss and answers; `false` if a rank was asked to stop meanwhile, and the rest was left out.
@@ -252,7 +299,7 @@ impl Trainer {
         let Some(loss) = self.validator.loss(&mut self.engine, &self.stop)? else { return Ok(false) };
         if let Some((val_loss, val_tokens)) = loss {
             tracing::info!("validate step: {}  loss: {val_loss:7.4}  tokens: {val_tokens}", self.step);
-            if let Some(metrics) = &mut self.metrics {
+            if let Some(metrics) = &mut self.log.metrics {
                 metrics.write(&ValidationLine { step: self.step, val_loss, val_tokens })?;
             }
         }
@@ -270,7 +317,7 @@ impl Trainer {
         if self.saved_step == Some(self.step) {
             return Ok(());
         }
-        let (optimizer_steps, scaler) = self.engine.progress();
+        let (optimizer_steps, scaler) = self.engine.progress()?;
         let state = TrainerState {
             step: self.step,
             position: self.loader.position(),
@@ -314,25 +361,6 @@ fn export_alone_counts(config: &JobConfig, step: u64) -> bool {
 /// Whether something that happens every `every` steps (0 = never) happens after `step`.
 fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-/// The last step times, for an estimate that one slow step does not disturb.
-#[derive(Debug, Default)]
-struct RecentTimes(Vec<Duration>);
-
-impl RecentTimes {
-    const NUM: usize = 31;
-
-    /// Adds a step's time and returns the median of the recent ones.
-    fn add(&mut self, time: Duration) -> Duration {
-        if self.0.len() == Self::NUM {
-            self.0.remove(0);
-        }
-        self.0.push(time);
-        let mut sorted = self.0.clone();
-        sorted.sort();
-        sorted[sorted.len() / 2]
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@ use fsdp_config::JobConfig;
 use fsdp_control::stop::StopFlag;
 use fsdp_data::{DataSpec, Dataset, Format, IGNORED, Loader, TextTokenizer};
 use serde::Serialize;
-use tch::Tensor;
 
 use crate::error::TrainError;
 
@@ -84,12 +83,12 @@ impl Validator {
         let (mut loss_sum, mut num_tokens) = (0.0, 0);
         for _ in 0..loader.steps_per_epoch() {
             for batch in loader.next_step()? {
-                let batch = MicroBatch::new(&batch.input_ids, &batch.targets, batch.num_valid_tokens);
+                let batch = MicroBatch::new(&batch.input_ids, &batch.targets, batch.num_valid_tokens, engine.device())?;
                 let (sum, tokens) = engine.evaluate(&batch)?;
                 loss_sum += sum;
                 num_tokens += tokens;
             }
-            if any_rank(engine, stop.is_set())? {
+            if engine.any_rank(stop.is_set())? {
                 loader.seek(start)?;
                 return Ok(None);
             }
@@ -119,10 +118,10 @@ impl Validator {
                         is_busy = true;
                     }
                 }
-                if any_rank(engine, stop.is_set())? {
+                if engine.any_rank(stop.is_set())? {
                     return Ok(None);
                 }
-                if !any_rank(engine, is_busy)? {
+                if !engine.any_rank(is_busy)? {
                     break;
                 }
             }
@@ -145,9 +144,8 @@ impl Validator {
             rows[i] = (start + sequence.len() - 1) as i64;
         }
         let targets = vec![IGNORED; ids.len()];
-        let batch: MicroBatch = MicroBatch::new(&ids, &targets, 0);
-        let tokens = engine.next_tokens(&batch, &Tensor::from_slice(&rows))?;
-        let tokens = Vec::<i64>::try_from(tokens).expect("argmax gives a vector of i64");
+        let batch = MicroBatch::new(&ids, &targets, 0, engine.device())?;
+        let tokens = engine.next_tokens(&batch, &rows)?;
         Ok(tokens.into_iter().take(sequences.len()).collect())
     }
 
@@ -159,17 +157,7 @@ impl Validator {
         for (row, ids) in rows.chunks_mut(width).zip(own) {
             row[..ids.len()].copy_from_slice(ids);
         }
-        let mut all = vec![0i64; rows.len() * self.world_size];
-        let out = Tensor::from_slice(&all);
-        engine.process_group().all_gather_into_tensor(&out, &Tensor::from_slice(&rows))?;
-        let len = all.len();
-        out.copy_data(&mut all, len);
+        let all = engine.all_gather(&rows)?;
         Ok(all.chunks(width).map(|row| row.iter().copied().take_while(|id| *id >= 0).collect()).collect())
     }
-}
-
-fn any_rank(engine: &mut Engine, value: bool) -> Result<bool, TrainError> {
-    let flag = Tensor::from_slice(&[i64::from(value)]);
-    engine.process_group().all_reduce(&flag, fsdp_comm::ReduceOp::Max)?;
-    Ok(flag.int64_value(&[0]) != 0)
 }

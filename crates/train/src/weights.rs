@@ -9,7 +9,6 @@ use fsdp_checkpoint::export::{Export, ExportLayout};
 use fsdp_checkpoint::hf_folder::ModelFolder;
 use fsdp_config::{Init, JobConfig, OutputDtype, compatible_for_resume};
 use fsdp_plan::Plan;
-use fsdp_torch_ext as ext;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -24,19 +23,17 @@ pub fn tensors(plan: &Plan) -> Vec<(String, Vec<usize>)> {
 
 /// Fills this rank's shards.
 pub fn load(engine: &mut Engine, config: &JobConfig) -> Result<(), TrainError> {
-    let pieces = engine.pieces().to_vec();
     match config.model.init {
-        Init::Random => ext::with_f32_slice_mut(engine.state_mut(StateKind::Param), |master| {
-            for p in &pieces {
-                init::fill(config.training.seed, &p.name, p.init, p.start, &mut master[p.flat.clone()]);
-            }
+        Init::Random => engine.write_state(StateKind::Param, |p, master| -> Result<(), TrainError> {
+            init::fill(config.training.seed, &p.name, p.init, p.start, master, tch::get_num_threads() as usize);
+            Ok(())
         })?,
         Init::Pretrained => {
             let folder = ModelFolder::open(Path::new(&config.model.path))?;
             folder.expect(&tensors(engine.plan()))?;
-            ext::with_f32_slice_mut(engine.state_mut(StateKind::Param), |master| {
-                pieces.iter().try_for_each(|p| folder.read_f32(&p.name, p.start, &mut master[p.flat.clone()]))
-            })??;
+            engine.write_state(StateKind::Param, |p, master| -> Result<(), TrainError> {
+                Ok(folder.read_f32(&p.name, p.start, master)?)
+            })?;
             tracing::info!("read {} of {} bytes of {}", folder.bytes_read(), folder.total_bytes(), config.model.path);
         }
     }
@@ -92,33 +89,40 @@ impl Exported {
     }
 }
 
-/// Writes `<output.dir>/hf/`, the weights after `step`: every rank its own ranges of the same files. Collective.
+/// Writes `<output.dir>/hf/`, the weights after `step`: every rank of the first replica its own ranges of the same files. Collective.
 pub fn export(engine: &mut Engine, config: &JobConfig, step: u64) -> Result<(), TrainError> {
     let source_dir = Path::new(&config.model.path);
     let final_dir = config.output.dir.join("hf");
     let dtype = output_dtype(config)?;
     let layout = ExportLayout::new(&tensors(engine.plan()), dtype, MAX_FILE_BYTES);
-    let pg = engine.process_group();
-    let mut export = if pg.rank() == 0 {
-        let export = Export::create(&layout, &final_dir, source_dir)?;
-        pg.barrier()?;
-        export
+    let place = engine.place();
+    let first = if (place.shard, place.replica) == (0, 0) {
+        Some(Export::create(&layout, &final_dir, source_dir)?)
     } else {
-        pg.barrier()?;
-        Export::open(&layout, &final_dir)?
+        None
     };
-    let pieces = engine.pieces().to_vec();
-    ext::with_f32_slice(engine.state(StateKind::Param), |master| {
-        pieces.iter().try_for_each(|p| export.write_f32(&p.name, p.start, &master[p.flat.clone()]))
-    })??;
-    export.sync()?;
-    let pg = engine.process_group();
-    pg.barrier()?;
-    if pg.rank() == 0 {
-        export.commit()?;
-        Exported::of(config, step)?.write(config)?;
+    let is_first = first.is_some();
+    engine.barrier()?;
+    // The other replicas hold the same weights.
+    let export = match (first, place.replica) {
+        (Some(export), _) => Some(export),
+        (None, 0) => Some(Export::open(&layout, &final_dir)?),
+        (None, _) => None,
+    };
+    if let Some(mut export) = export {
+        engine.read_state(StateKind::Param, |p, master| -> Result<(), TrainError> {
+            Ok(export.write_f32(&p.name, p.start, master)?)
+        })?;
+        export.sync()?;
+        engine.barrier()?;
+        if is_first {
+            export.commit()?;
+            Exported::of(config, step)?.write(config)?;
+        }
+    } else {
+        engine.barrier()?;
     }
-    Ok(pg.barrier()?)
+    Ok(engine.barrier()?)
 }
 
 /// The dtype of the exported weights: that of the source's files, or, without any, of its `config.json`.

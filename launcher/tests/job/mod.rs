@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fsdp_plan::{Architecture, units};
+use rustix::process::{Pid, Signal, kill_process};
 
 pub struct Job {
     pub dir: tempfile::TempDir,
@@ -103,7 +104,11 @@ impl Job {
         let mut command = Command::new("env");
         command.arg("--default-signal").arg(self.path("bin/fsdp-launch"));
         command.current_dir(self.dir.path()).args(args).stdin(Stdio::null());
-        command.env_remove("OMP_NUM_THREADS").stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .env_remove("OMP_NUM_THREADS")
+            .env("CUDA_VISIBLE_DEVICES", "")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command
     }
 
@@ -111,6 +116,14 @@ impl Job {
     pub fn start(&self, num_ranks: usize, script: &str, args: &[&str]) -> Child {
         let num_ranks = num_ranks.to_string();
         let mut command = self.command(&["--nproc", &num_ranks, "job.toml"]);
+        command.args(args).env("WORKER_SCRIPT", script).spawn().unwrap()
+    }
+
+    /// Starts the launcher of one of two nodes, which meet at `port` of this machine.
+    pub fn start_node(&self, node_rank: usize, port: u16, num_ranks: usize, script: &str, args: &[&str]) -> Child {
+        let [node_rank, port, num_ranks] = [node_rank.to_string(), port.to_string(), num_ranks.to_string()];
+        let mut command = self.command(&["--nnodes", "2", "--node-rank", &node_rank, "--master-addr", "127.0.0.1"]);
+        command.args(["--master-port", &port, "--nproc", &num_ranks, "--backend", "shm", "job.toml"]);
         command.args(args).env("WORKER_SCRIPT", script).spawn().unwrap()
     }
 
@@ -173,6 +186,21 @@ impl Job {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// A port that nobody uses at the moment.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+pub fn send(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+/// The ranks that a report names as the first failure.
+pub fn named(stderr: &str) -> Vec<String> {
+    let lines = stderr.lines().filter_map(|line| line.strip_prefix("fsdp-launch: rank "));
+    lines.map(|line| line.split(' ').next().unwrap().to_owned()).collect()
 }
 
 /// Waits for the launcher, at most 60 s.

@@ -89,7 +89,7 @@ const CASES: &[Case] = &[
     ("unwritable output", nothing, &["--set", "output.dir=/proc/nowhere/out"], &["[output] dir", "/proc/nowhere/out"]),
     ("output below a file", nothing, &["--set", "output.dir=train.jsonl/out"], &["[output] dir", "train.jsonl"]),
     ("a feature not built yet", nothing, &["--set", "fsdp.strategy=no_shard"], &["[fsdp] strategy", "no_shard", "not built yet", "full_shard"]),
-    ("more ranks than GPUs", nothing, &["--backend", "nccl"], &["--backend", "nccl", "2 ranks", "GPU"]),
+    ("no GPU", nothing, &["--backend", "nccl"], &["--backend", "nccl", "an NVIDIA GPU", "got none"]),
     ("global batch does not divide", nothing, &["--set", "training.global_batch_size=6"], &["global_batch_size", "2 x 2", "6"]),
     ("unknown flag", nothing, &["--gpus", "2"], &["--gpus"]),
 ];

@@ -23,22 +23,24 @@ mod rendezvous;
 mod staging;
 mod wait;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fsdp_control::memory::SharedMemory;
-use fsdp_control::progress::{Op, ProgressHandle};
+use fsdp_control::progress::Op;
 use tch::{Kind, Tensor};
 
-use crate::sum::element_bytes;
-use crate::{Call, CommError, Segment};
+use crate::check::check_range;
+use crate::flight::FlightRecord;
+use crate::{Call, CommError};
 use channel::{Cell, Channel};
 use rendezvous::Peer;
 use staging::Staging;
 use wait::Waiting;
 
-pub use gather::GatherBuffer;
-pub use reduce::ReduceBuffer;
+pub use gather::ShmGatherBuffer;
+pub use reduce::ShmReduceBuffer;
 
 /// What a page of any common system divides: data starts at a multiple of it.
 const ALIGN_BYTES: usize = 4096;
@@ -47,8 +49,10 @@ const ALIGN_BYTES: usize = 4096;
 #[derive(Debug)]
 pub struct ShmGroup {
     rank: usize,
+    /// By rank of this group, the rank of the run, for messages.
+    run_ranks: Vec<usize>,
     timeout: Duration,
-    progress: Option<ProgressHandle>,
+    calls: FlightRecord,
     /// All ranks, this one included.
     peers: Vec<Peer>,
     /// For each rank, what it waits for.
@@ -56,8 +60,6 @@ pub struct ShmGroup {
     /// The staging area's channel, then those of the buffers in order of their making: the same on all ranks.
     channels: Vec<Arc<Channel>>,
     staging: Staging,
-    /// Collectives called so far.
-    seq: u64,
 }
 
 impl ShmGroup {
@@ -69,14 +71,12 @@ impl ShmGroup {
         self.peers.len()
     }
 
-    /// Counts a collective that starts now.
-    fn start_call(&mut self, op: Op, kind: Option<Kind>, num_bytes: usize, detail: u8, unit: &str) -> Call {
-        self.seq += 1;
-        if let Some(progress) = &self.progress {
-            progress.enter(op, self.seq, unit);
-            progress.leave();
-        }
-        Call { op, seq: self.seq, kind, num_bytes: num_bytes as u64, detail, unit: unit.to_owned() }
+    pub(crate) fn last_call(&self) -> Option<Call> {
+        self.calls.last()
+    }
+
+    pub(crate) fn write_flight_record(&self, path: &Path) -> Result<(), CommError> {
+        self.calls.write(path)
     }
 
     /// Makes the memory of a buffer: on each rank of `owners` one mapping of `num_cells` cells and `len_bytes` bytes, which
@@ -96,7 +96,7 @@ impl ShmGroup {
         };
         let own_fd = own.as_ref().map_or(-1, |(_, fd)| std::os::fd::AsRawFd::as_raw_fd(fd));
         let fds = Tensor::zeros([self.world_size() as i64], (Kind::Int64, tch::Device::Cpu));
-        let call = self.start_call(Op::NewBuffer, Some(Kind::Int64), len_bytes, 0, name);
+        let call = self.calls.start(Op::NewBuffer, Some(Kind::Int64), len_bytes, 0, name);
         self.exchange(call, &Tensor::from_slice(&[i64::from(own_fd)]), &fds)?;
         let mut memories = Vec::new();
         let (mut own_memory, _own_fd) = own.unzip();
@@ -159,29 +159,8 @@ impl Data {
 
     /// Address of `numel` elements at `offset_bytes`, which are checked to be inside and aligned.
     fn range(self, kind: Kind, offset_bytes: usize, numel: usize) -> *mut u8 {
-        let element = element_bytes(kind);
-        let end = numel.checked_mul(element).and_then(|n| n.checked_add(offset_bytes));
-        assert!(
-            end.is_some_and(|end| end <= self.len_bytes) && offset_bytes.is_multiple_of(element),
-            "{numel} elements of {kind:?} at byte {offset_bytes} of a buffer of {} bytes",
-            self.len_bytes
-        );
-        // SAFETY: inside of the mapping: the end is, by the assertions here and in `new`.
+        check_range(self.len_bytes, kind, offset_bytes, numel);
+        // SAFETY: inside of the mapping: the end is, by the check here and the assertion in `new`.
         unsafe { self.memory.start().add(self.offset_bytes + offset_bytes) }
     }
-}
-
-/// Checks segments against their buffer, and sums them up: their kind if it is one, their bytes.
-///
-/// # Panics
-/// A segment is outside of the buffer, or its elements do not divide by the ranks.
-fn check_segments(data: Data, segments: &[Segment], world_size: usize) -> (Option<Kind>, usize) {
-    let mut num_bytes = 0;
-    for segment in segments {
-        data.range(segment.kind, segment.offset_bytes, segment.numel);
-        assert!(segment.numel.is_multiple_of(world_size), "{segment:?} is not for {world_size} ranks");
-        num_bytes += segment.numel * element_bytes(segment.kind);
-    }
-    let kind = segments.first().map(|s| s.kind).filter(|kind| segments.iter().all(|s| s.kind == *kind));
-    (kind, num_bytes)
 }

@@ -6,14 +6,14 @@ use fsdp_control::progress::Op;
 use tch::{Device, Kind, Tensor};
 
 use super::channel::{Cell, Channel};
-use super::{Data, ShmGroup, check_segments, view};
+use super::{Data, ShmGroup, view};
+use crate::check::{check_out, check_segments};
 use crate::sum::{element_bytes, sum_into};
 use crate::{Call, CommError, Phase, Segment};
 
-/// A rank's own gradients, to be summed over the ranks. It goes through *free*, *writing*
-/// ([`crate::ProcessGroup::begin_reduce`]), *started* and back to free ([`crate::ProcessGroup::wait_reduce_scatter`]).
+/// The shm side of a [`crate::ReduceBuffer`].
 #[derive(Debug)]
-pub struct ReduceBuffer {
+pub struct ShmReduceBuffer {
     channel: Arc<Channel>,
     rank: usize,
     /// By rank.
@@ -30,35 +30,28 @@ enum State {
     Started(Call, Vec<Segment>),
 }
 
-impl ReduceBuffer {
-    /// This rank's memory as a 1-D tensor; see [`crate::GatherBuffer::view`].
-    ///
-    /// # Panics
-    /// The range is outside of the buffer, or not aligned for `kind`.
-    pub fn view(&self, kind: Kind, offset_bytes: usize, numel: usize) -> Tensor {
+impl ShmReduceBuffer {
+    pub(crate) fn view(&self, kind: Kind, offset_bytes: usize, numel: usize) -> Tensor {
         view(self.data[self.rank], kind, offset_bytes, numel)
     }
 
-    pub fn len_bytes(&self) -> usize {
+    pub(crate) fn len_bytes(&self) -> usize {
         self.data[self.rank].len_bytes
     }
 }
 
 impl ShmGroup {
-    pub(crate) fn new_reduce_buffer(&mut self, name: &str, len_bytes: usize) -> Result<ReduceBuffer, CommError> {
+    pub(crate) fn new_reduce_buffer(&mut self, name: &str, len_bytes: usize) -> Result<ShmReduceBuffer, CommError> {
         let memories = self.share_memory(name, len_bytes, 0..self.world_size(), 1)?;
         let channel = self.new_channel(memories.iter().flat_map(|memory| Cell::all_of(memory, 0, 1)).collect());
         let data = memories.iter().map(|memory| Data::new(memory, 1, len_bytes)).collect();
-        Ok(ReduceBuffer { channel, rank: self.rank, data, n: 0, state: State::Free })
+        Ok(ShmReduceBuffer { channel, rank: self.rank, data, n: 0, state: State::Free })
     }
 
-    pub(crate) fn begin_reduce(&mut self, buffer: &mut ReduceBuffer, unit: &str) -> Result<(), CommError> {
+    pub(crate) fn begin_reduce(&mut self, buffer: &mut ShmReduceBuffer, unit: &str) -> Result<(), CommError> {
         assert_eq!(buffer.state, State::Free, "begin_reduce of a buffer in use");
         if !buffer.channel.all_reached(Phase::Released, buffer.n) {
-            // The call that is about to start.
-            let seq = self.seq + 1;
-            let num_bytes = buffer.len_bytes() as u64;
-            let call = Call { op: Op::ReduceScatter, seq, kind: None, num_bytes, detail: 0, unit: unit.to_owned() };
+            let call = self.calls.upcoming(Op::ReduceScatter, buffer.len_bytes(), unit);
             self.wait(&buffer.channel, Phase::Released, buffer.n, &call)?;
         }
         buffer.n = buffer.n.wrapping_add(1);
@@ -68,13 +61,13 @@ impl ShmGroup {
 
     pub(crate) fn start_reduce_scatter(
         &mut self,
-        buffer: &mut ReduceBuffer,
+        buffer: &mut ShmReduceBuffer,
         segments: &[Segment],
         unit: &str,
     ) -> Result<(), CommError> {
         assert_eq!(buffer.state, State::Writing, "start_reduce_scatter without begin_reduce");
-        let (kind, num_bytes) = check_segments(buffer.data[self.rank], segments, self.world_size());
-        let call = self.start_call(Op::ReduceScatter, kind, num_bytes, 0, unit);
+        let (kind, num_bytes) = check_segments(buffer.len_bytes(), segments, self.world_size());
+        let call = self.calls.start(Op::ReduceScatter, kind, num_bytes, 0, unit);
         buffer.channel.publish(buffer.n, &call);
         buffer.state = State::Started(call, segments.to_vec());
         Ok(())
@@ -82,7 +75,7 @@ impl ShmGroup {
 
     pub(crate) fn wait_reduce_scatter(
         &mut self,
-        buffer: &mut ReduceBuffer,
+        buffer: &mut ShmReduceBuffer,
         out: &[&Tensor],
         accumulate: bool,
     ) -> Result<(), CommError> {
@@ -91,7 +84,7 @@ impl ShmGroup {
         };
         assert_eq!(out.len(), segments.len(), "one output for each segment");
         for (out, segment) in out.iter().zip(segments) {
-            check_out(out, segment.numel / self.world_size());
+            check_out(out, segment.numel / self.world_size(), Device::Cpu);
         }
         self.wait(&buffer.channel, Phase::Written, buffer.n, call)?;
         for (out, segment) in out.iter().zip(segments) {
@@ -111,12 +104,8 @@ impl ShmGroup {
             }
         }
         buffer.channel.release(buffer.n);
+        self.calls.done(call);
         buffer.state = State::Free;
         Ok(())
     }
-}
-
-fn check_out(out: &Tensor, numel: usize) {
-    let fits = out.kind() == Kind::Float && out.device() == Device::Cpu && out.is_contiguous() && out.numel() == numel;
-    assert!(fits, "the output is {:?} of {:?}, not {numel} contiguous f32 on the CPU", out.kind(), out.size());
 }

@@ -10,12 +10,14 @@ use fsdp_control::progress::{Op, ProgressHandle};
 use fsdp_control::store::Store;
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags};
+use tch::{Device, Kind, Tensor};
 
 use super::channel::Cell;
 use super::staging::{self, Staging};
 use super::wait::{self, Waiting};
 use super::{ALIGN_BYTES, ShmGroup, keep};
 use crate::CommError;
+use crate::flight::FlightRecord;
 
 /// What the first collective of a group is for, in messages.
 const RENDEZVOUS: &str = "rendezvous";
@@ -42,6 +44,33 @@ impl ShmGroup {
         timeout: Duration,
         progress: Option<ProgressHandle>,
     ) -> Result<Self, CommError> {
+        let run_ranks = (0..world_size).collect();
+        Self::meet(store, "world", rank, run_ranks, timeout, FlightRecord::new("world", progress))
+    }
+
+    pub(crate) fn split(&mut self, store: &mut Store, color: usize, name: &str) -> Result<Self, CommError> {
+        let world_size = self.world_size();
+        let colors = Tensor::zeros([world_size as i64], (Kind::Int64, Device::Cpu));
+        self.all_gather_into_tensor(&colors, &Tensor::from_slice(&[color as i64]))?;
+        let members: Vec<usize> =
+            (0..world_size).filter(|&rank| colors.int64_value(&[rank as i64]) == color as i64).collect();
+        let rank = members.iter().position(|&rank| rank == self.rank).expect("this rank gave its color");
+        let run_ranks: Vec<usize> = members.iter().map(|&rank| self.run_ranks[rank]).collect();
+        // Groups are counted by their members, who have made the same ones together.
+        let with: Vec<String> = run_ranks.iter().map(usize::to_string).collect();
+        Self::meet(store, &format!("{name}/{}", with.join(",")), rank, run_ranks, self.timeout, self.calls.split(name))
+    }
+
+    /// Ranks meet under `name`, which the groups that are made at the same time do not share.
+    fn meet(
+        store: &mut Store,
+        name: &str,
+        rank: usize,
+        run_ranks: Vec<usize>,
+        timeout: Duration,
+        calls: FlightRecord,
+    ) -> Result<Self, CommError> {
+        let world_size = run_ranks.len();
         assert!(rank < world_size, "rank {rank} of {world_size}");
         // The common memory: what each rank waits for | counters of the staging area | the staging area.
         let cells_offset_bytes = world_size * size_of::<Waiting>();
@@ -50,15 +79,16 @@ impl ShmGroup {
         let own = if rank == 0 { Some(SharedMemory::create("fsdp-group", len_bytes)?) } else { None };
 
         // Groups on one store are told apart by their number, which each rank counts for itself.
-        let number = store.add(&format!("shm/rank-{rank}/groups"), 1)?;
-        let key = |rank: usize| format!("shm/{number}/rank-{rank}");
+        let number = store.add(&format!("shm/{name}/rank-{rank}/groups"), 1)?;
+        let key = |rank: usize| format!("shm/{name}/{number}/rank-{rank}");
         let fd = own.as_ref().map_or(-1, |(_, fd)| fd.as_raw_fd());
         store.set(&key(rank), Card { host: host(), pid: std::process::id(), fd }.to_text().as_bytes())?;
         // Before the first wait, so that the counters tell who has come and who has not.
-        if let Some(progress) = &progress {
-            progress.enter(Op::Barrier, 1, RENDEZVOUS);
+        if let Some(progress) = calls.progress() {
+            let upcoming = calls.upcoming(Op::Barrier, 0, RENDEZVOUS);
+            progress.enter(upcoming.op, upcoming.seq, &upcoming.unit);
         }
-        store.barrier(&format!("shm/{number}/set"), rank, world_size, timeout)?;
+        store.barrier(&format!("shm/{name}/{number}/set"), rank, world_size, timeout)?;
         let mut cards = Vec::new();
         for other_rank in 0..world_size {
             let text = String::from_utf8_lossy(&store.get(&key(other_rank), timeout)?).into_owned();
@@ -78,16 +108,16 @@ impl ShmGroup {
         let memory = keep(memory);
         let mut group = ShmGroup {
             rank,
+            run_ranks,
             timeout,
-            progress,
+            calls,
             peers,
             waiting: Waiting::all_of(memory, 0, world_size),
             channels: Vec::new(),
             staging: Staging::new(memory, data_offset_bytes, cells_offset_bytes, rank, world_size),
-            seq: 0,
         };
         group.channels.push(group.staging.channel());
-        let call = group.start_call(Op::Barrier, None, 0, 0, RENDEZVOUS);
+        let call = group.calls.start(Op::Barrier, None, 0, 0, RENDEZVOUS);
         group.staged_barrier(call)?;
         drop(own_fd); // all have opened it
         Ok(group)

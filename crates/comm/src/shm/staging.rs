@@ -10,7 +10,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::ShmGroup;
 use super::channel::{Cell, Channel, NUM_CALLS, reached};
-use crate::sum::{combine_into, element_bytes, kind_code};
+use crate::check::{check_tensor, num_bytes};
+use crate::sum::{combine_into, element_bytes};
 use crate::{Call, CommError, Phase, ReduceOp, Work};
 
 /// Chunks that a rank can publish before the first is released.
@@ -67,36 +68,36 @@ enum StagedOp {
 
 impl ShmGroup {
     pub(crate) fn start_all_reduce(&mut self, tensor: &Tensor, op: ReduceOp) -> Result<Work, CommError> {
-        check(Op::AllReduce, tensor, tensor.numel(), tensor.kind())?;
-        let call = self.start_call(Op::AllReduce, Some(tensor.kind()), bytes(tensor), op as u8, "");
+        check_tensor(Op::AllReduce, tensor, tensor.numel(), tensor.kind(), Device::Cpu)?;
+        let call = self.calls.start(Op::AllReduce, Some(tensor.kind()), num_bytes(tensor), op as u8, "");
         Ok(self.staging.start(StagedOp::AllReduce(op), call, tensor, tensor))
     }
 
     pub(crate) fn broadcast(&mut self, tensor: &Tensor, root: usize) -> Result<(), CommError> {
         assert!(root < self.world_size(), "root {root} of {}", self.world_size());
-        check(Op::Broadcast, tensor, tensor.numel(), tensor.kind())?;
-        let call = self.start_call(Op::Broadcast, Some(tensor.kind()), bytes(tensor), root as u8, "");
+        check_tensor(Op::Broadcast, tensor, tensor.numel(), tensor.kind(), Device::Cpu)?;
+        let call = self.calls.start(Op::Broadcast, Some(tensor.kind()), num_bytes(tensor), root as u8, "");
         let work = self.staging.start(StagedOp::Broadcast { root }, call, tensor, tensor);
         self.wait_work(work)
     }
 
     pub(crate) fn all_gather_into_tensor(&mut self, out: &Tensor, input: &Tensor) -> Result<(), CommError> {
-        check(Op::AllGather, input, input.numel(), input.kind())?;
-        check(Op::AllGather, out, input.numel() * self.world_size(), input.kind())?;
-        let call = self.start_call(Op::AllGather, Some(input.kind()), bytes(out), 0, "");
+        check_tensor(Op::AllGather, input, input.numel(), input.kind(), Device::Cpu)?;
+        check_tensor(Op::AllGather, out, input.numel() * self.world_size(), input.kind(), Device::Cpu)?;
+        let call = self.calls.start(Op::AllGather, Some(input.kind()), num_bytes(out), 0, "");
         self.exchange(call, input, out)
     }
 
     pub(crate) fn reduce_scatter_tensor(&mut self, out: &Tensor, input: &Tensor) -> Result<(), CommError> {
-        check(Op::ReduceScatter, out, out.numel(), out.kind())?;
-        check(Op::ReduceScatter, input, out.numel() * self.world_size(), out.kind())?;
-        let call = self.start_call(Op::ReduceScatter, Some(input.kind()), bytes(input), 0, "");
+        check_tensor(Op::ReduceScatter, out, out.numel(), out.kind(), Device::Cpu)?;
+        check_tensor(Op::ReduceScatter, input, out.numel() * self.world_size(), out.kind(), Device::Cpu)?;
+        let call = self.calls.start(Op::ReduceScatter, Some(input.kind()), num_bytes(input), 0, "");
         let work = self.staging.start(StagedOp::ReduceScatter, call, input, out);
         self.wait_work(work)
     }
 
     pub(crate) fn barrier(&mut self) -> Result<(), CommError> {
-        let call = self.start_call(Op::Barrier, None, 0, 0, "");
+        let call = self.calls.start(Op::Barrier, None, 0, 0, "");
         self.staged_barrier(call)
     }
 
@@ -116,6 +117,7 @@ impl ShmGroup {
         // Chunks are released in order, so the collectives that were started before come first.
         while let Some(staged) = self.staging.queue.front().filter(|staged| staged.number <= work.number) {
             if staged.num_consumed == staged.num_chunks {
+                self.calls.done(&staged.call);
                 self.staging.queue.pop_front();
                 continue;
             }
@@ -293,26 +295,4 @@ impl Staged {
         // SAFETY: inside of the contiguous tensor, or one past it.
         unsafe { self.out.data_ptr().cast::<u8>().add(element * self.element_bytes) }
     }
-}
-
-/// A tensor that a collective can work on: contiguous, on the CPU, of a known kind and of `numel` elements.
-fn check(op: Op, tensor: &Tensor, numel: usize, kind: Kind) -> Result<(), CommError> {
-    let bad = |expected: String, got: String| Err(CommError::BadTensor { op, expected, got });
-    if kind_code(tensor.kind()) == 0 {
-        return bad("f32, f64, bf16, f16 or i64".into(), format!("{:?}", tensor.kind()));
-    }
-    if tensor.kind() != kind {
-        return bad(format!("{kind:?} as the other tensor"), format!("{:?}", tensor.kind()));
-    }
-    if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
-        return bad("a contiguous tensor on the CPU".into(), format!("{:?}, {:?}", tensor.device(), tensor.stride()));
-    }
-    if tensor.numel() != numel {
-        return bad(format!("{numel} elements"), format!("{} elements {:?}", tensor.numel(), tensor.size()));
-    }
-    Ok(())
-}
-
-fn bytes(tensor: &Tensor) -> usize {
-    tensor.numel() * element_bytes(tensor.kind())
 }

@@ -44,7 +44,7 @@ impl ShmGroup {
     /// Waits until all ranks have come to `phase` of use `n`, within `call`. For [`Phase::Written`] this rank must have
     /// come there itself.
     pub(super) fn wait(&mut self, channel: &Channel, phase: Phase, n: u32, call: &Call) -> Result<(), CommError> {
-        if let Some(progress) = &self.progress {
+        if let Some(progress) = self.calls.progress() {
             progress.enter(call.op, call.seq, &call.unit);
         }
         let arrived = spin(channel, phase, n);
@@ -55,7 +55,7 @@ impl ShmGroup {
             result?;
         }
         // Left only on success: the counters then show where a failed rank was.
-        if let Some(progress) = &self.progress {
+        if let Some(progress) = self.calls.progress() {
             progress.leave();
         }
         if phase == Phase::Written { self.check_calls(channel, n, call) } else { Ok(()) }
@@ -105,23 +105,20 @@ impl ShmGroup {
         let missing: Vec<usize> = (0..self.world_size()).filter(|&rank| !channel.reached(rank, phase, n)).collect();
         let lost: Vec<usize> = dead.into_iter().filter(|rank| missing.contains(rank)).collect();
         if !lost.is_empty() {
-            return Err(CommError::PeerLost { rank: self.rank, lost, call: call.clone() });
+            let (rank, lost) = (self.run_ranks[self.rank], self.run_ranks_of(&lost));
+            return Err(CommError::PeerLost { rank, lost, call: call.clone() });
         }
         for &other_rank in &missing {
             if let Some(theirs) = self.waiting[other_rank].get()
                 && self.holds_up(&theirs)
                 && !channel.reached(other_rank, phase, n)
             {
-                return Err(CommError::Mismatch {
-                    rank: self.rank,
-                    call: call.clone(),
-                    other_rank,
-                    other_call: theirs.call,
-                });
+                return Err(self.mismatch(call, other_rank, theirs.call));
             }
         }
         if waited >= self.timeout && !missing.is_empty() {
-            return Err(CommError::Timeout { rank: self.rank, missing, phase, waited, call: call.clone() });
+            let (rank, missing) = (self.run_ranks[self.rank], self.run_ranks_of(&missing));
+            return Err(CommError::Timeout { rank, missing, phase, waited, call: call.clone() });
         }
         Ok(())
     }
@@ -140,10 +137,17 @@ impl ShmGroup {
     fn check_calls(&self, channel: &Channel, n: u32, call: &Call) -> Result<(), CommError> {
         match channel.find_mismatch(n) {
             None => Ok(()),
-            Some((other_rank, other_call)) => {
-                Err(CommError::Mismatch { rank: self.rank, call: call.clone(), other_rank, other_call })
-            }
+            Some((other_rank, other_call)) => Err(self.mismatch(call, other_rank, other_call)),
         }
+    }
+
+    fn mismatch(&self, call: &Call, other_rank: usize, other_call: Call) -> CommError {
+        let (rank, other_rank) = (self.run_ranks[self.rank], self.run_ranks[other_rank]);
+        CommError::Mismatch { rank, call: call.clone(), other_rank, other_call }
+    }
+
+    fn run_ranks_of(&self, ranks: &[usize]) -> Vec<usize> {
+        ranks.iter().map(|&rank| self.run_ranks[rank]).collect()
     }
 }
 

@@ -2,15 +2,20 @@
 //! test file has one ignored test, `rank`, which runs the case.
 #![allow(dead_code)] // not every test file uses all of it
 
+pub mod double;
+pub mod mpirun;
+pub mod table;
+pub mod walk;
+
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use fsdp_comm::ProcessGroup;
-use fsdp_control::env::WorkerEnv;
+use fsdp_comm::{CommError, ProcessGroup};
+use fsdp_control::env::{StartedBy, WorkerEnv};
 use fsdp_control::lifeline;
-use fsdp_control::progress::Progress;
+use fsdp_control::progress::{Progress, ProgressHandle};
 use fsdp_control::store::{Store, StoreServer};
 use rustix::process::{Pid, Signal};
 
@@ -35,11 +40,18 @@ pub struct Ended {
 
 /// Starts the first `num_started` of `world_size` ranks of a case.
 pub fn start_some(case: &str, num_started: usize, world_size: usize, timeout: Duration) -> Ranks {
+    start_with(case, num_started, world_size, timeout, &[])
+}
+
+/// As [`start_some`], with more environment variables.
+fn start_with(case: &str, num_started: usize, world_size: usize, timeout: Duration, vars: &[(&str, &str)]) -> Ranks {
     let server = StoreServer::bind(("127.0.0.1", 0)).unwrap();
     let progress = Progress::create(world_size).unwrap();
     let children = (0..num_started)
         .map(|rank| {
             let env = WorkerEnv {
+                started_by: StartedBy::Launcher,
+                run_id: None,
                 rank,
                 local_rank: rank,
                 world_size,
@@ -58,6 +70,7 @@ pub fn start_some(case: &str, num_started: usize, world_size: usize, timeout: Du
                 .env("FSDP_TEST_CASE", case)
                 .env("FSDP_TEST_TIMEOUT_MS", timeout.as_millis().to_string())
                 .env("OMP_NUM_THREADS", "1")
+                .envs(vars.iter().copied())
                 .stdout(Stdio::piped());
             lifeline::prepare_child(&mut command, &[progress.inherit_fd()]);
             command.spawn().unwrap()
@@ -132,13 +145,26 @@ pub fn case() -> String {
 }
 
 /// In a rank: joins the group.
-pub fn connect() -> Result<ProcessGroup, fsdp_comm::CommError> {
+pub fn connect() -> Result<ProcessGroup, CommError> {
+    connect_by(|store, env, timeout, progress| {
+        ProcessGroup::connect_shm(store, env.rank, env.world_size, timeout, progress)
+    })
+}
+
+fn connect_by(
+    connect: impl FnOnce(&mut Store, &WorkerEnv, Duration, Option<ProgressHandle>) -> Result<ProcessGroup, CommError>,
+) -> Result<ProcessGroup, CommError> {
     tch::set_num_threads(1);
     let env = WorkerEnv::from_env().unwrap();
     let timeout = Duration::from_millis(std::env::var("FSDP_TEST_TIMEOUT_MS").unwrap().parse().unwrap());
     let progress = Progress::attach(env.progress_fd.unwrap(), env.local_rank).unwrap();
-    let mut store = Store::connect((&env.master_addr, env.master_port), LONG).unwrap();
-    ProcessGroup::connect_shm(&mut store, env.rank, env.world_size, timeout, Some(progress))
+    connect(&mut store(), &env, timeout, Some(progress))
+}
+
+/// In a rank: a connection to the store.
+pub fn store() -> Store {
+    let env = WorkerEnv::from_env().unwrap();
+    Store::connect((&env.master_addr, env.master_port), LONG).unwrap()
 }
 
 /// In a rank: reports a line to the test.

@@ -69,6 +69,28 @@ impl Store {
         }
     }
 
+    /// Appends `value` to what `key` holds (nothing if unset).
+    ///
+    /// # Errors
+    /// The whole would be longer than [`super::MAX_VALUE_BYTES`], or as [`Store::set`].
+    pub fn append(&mut self, key: &str, value: &[u8]) -> Result<(), ControlError> {
+        self.ask(Kind::Append, key, value, Duration::ZERO).map(|_| ())
+    }
+
+    /// Has the server append `value` to `key` when this connection ends, in whatever way: the process is killed, or its
+    /// host is gone. A later will replaces an earlier one; an empty one takes it back.
+    ///
+    /// # Errors
+    /// As [`Store::set`].
+    pub fn will(&mut self, key: &str, value: &[u8]) -> Result<(), ControlError> {
+        self.ask(Kind::Will, key, value, Duration::ZERO).map(|_| ())
+    }
+
+    /// The connection, by which another thread can end a wait in [`Store::get`].
+    pub(crate) fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
     /// Waits until all `world_size` ranks have called this with the same `name`. A name can be used again.
     ///
     /// # Errors
@@ -105,6 +127,11 @@ impl Store {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// `host:port` of the server.
+    pub fn addr(&self) -> &str {
+        &self.addr
     }
 
     /// One request; `None` when the server's wait timed out.

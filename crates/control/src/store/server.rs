@@ -23,7 +23,7 @@ pub struct StoreServer {
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
-    /// Signalled when a key is set and when the server stops.
+    /// Signalled when a key is set, a will is made or done, and when the server stops.
     changed: Condvar,
 }
 
@@ -34,6 +34,8 @@ struct State {
     total_bytes: usize,
     /// Open connections by number, so that stopping can end their threads.
     connections: HashMap<u64, TcpStream>,
+    /// By connection: what to append to which key when it ends.
+    wills: HashMap<u64, (String, Vec<u8>)>,
     stopping: bool,
 }
 
@@ -64,6 +66,14 @@ impl StoreServer {
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
+
+    /// Waits until no will is left, because those who made one have taken it back or are gone; `false` if some are left
+    /// after `timeout`.
+    pub fn wait_for_wills(&self, timeout: Duration) -> bool {
+        let are_left = |state: &mut State| !state.wills.is_empty();
+        let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), timeout, are_left);
+        !waited.expect("no thread panics while it holds the state").1.timed_out()
+    }
 }
 
 impl Drop for StoreServer {
@@ -93,6 +103,19 @@ impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().expect("no thread panics while it holds the state")
     }
+
+    fn end_connection(&self, number: u64) {
+        let mut state = self.lock();
+        state.connections.remove(&number);
+        if let Some((key, value)) = state.wills.remove(&number)
+            && !state.stopping
+        {
+            // Refused where the key or the store is full: then others have had their say.
+            let _ = state.append(key, &value);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
 }
 
 fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
@@ -121,37 +144,48 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         let served = {
             let shared = Arc::clone(shared);
             let serve = move || {
-                serve(stream, &shared);
-                shared.lock().connections.remove(&number);
+                serve(stream, number, &shared);
+                shared.end_connection(number);
             };
             std::thread::Builder::new().name("store-client".into()).stack_size(128 * 1024).spawn(serve)
         };
         if served.is_err() {
-            shared.lock().connections.remove(&number);
+            shared.end_connection(number);
         }
     }
 }
 
 /// Answers one client until it goes, or sends what is no request.
-fn serve(mut stream: TcpStream, shared: &Shared) {
+fn serve(mut stream: TcpStream, number: u64, shared: &Shared) {
     while let Ok(request) = wire::read_request(&mut stream) {
-        let reply = answer(request, shared);
+        let reply = answer(request, number, shared);
         if wire::write_reply(&mut stream, &reply).is_err() {
             return;
         }
     }
 }
 
-fn answer(request: Request, shared: &Shared) -> Reply {
+fn answer(request: Request, number: u64, shared: &Shared) -> Reply {
     let Request { kind, key, value } = request;
+    let changed = |result: Result<(), String>| match result {
+        Ok(()) => {
+            shared.changed.notify_all();
+            Reply::Value(Vec::new())
+        }
+        Err(reason) => Reply::Refused(reason),
+    };
     match kind {
-        Kind::Set => match shared.lock().set(key, value) {
-            Ok(()) => {
-                shared.changed.notify_all();
-                Reply::Value(Vec::new())
+        Kind::Set => changed(shared.lock().set(key, value)),
+        Kind::Append => changed(shared.lock().append(key, &value)),
+        Kind::Will => {
+            let mut state = shared.lock();
+            if value.is_empty() {
+                state.wills.remove(&number);
+            } else {
+                state.wills.insert(number, (key, value));
             }
-            Err(reason) => Reply::Refused(reason),
-        },
+            changed(Ok(()))
+        }
         Kind::Add => {
             let mut state = shared.lock();
             let old = match state.values.get(&key).map(|v| <[u8; 8]>::try_from(v.as_slice())) {
@@ -162,12 +196,9 @@ fn answer(request: Request, shared: &Shared) -> Reply {
             let delta = i64::from_le_bytes(value.try_into().expect("the wire checks the length"));
             let Some(new) = old.checked_add(delta) else { return Reply::Refused("the sum overflows".into()) };
             let new = new.to_le_bytes().to_vec();
-            match state.set(key, new.clone()) {
-                Ok(()) => {
-                    shared.changed.notify_all();
-                    Reply::Value(new)
-                }
-                Err(reason) => Reply::Refused(reason),
+            match changed(state.set(key, new.clone())) {
+                Reply::Value(_) => Reply::Value(new),
+                refused => refused,
             }
         }
         Kind::Get => {
@@ -202,5 +233,14 @@ impl State {
         self.total_bytes = total_bytes;
         self.values.insert(key, value);
         Ok(())
+    }
+
+    fn append(&mut self, key: String, value: &[u8]) -> Result<(), String> {
+        let old = self.values.get(&key).map_or(&[][..], Vec::as_slice);
+        if old.len() + value.len() > MAX_VALUE_BYTES {
+            return Err(format!("the value would have more than {MAX_VALUE_BYTES} bytes"));
+        }
+        let whole = [old, value].concat();
+        self.set(key, whole)
     }
 }

@@ -4,7 +4,8 @@
 //! request:  kind u8 | key length u16 | value length u32 | key | value
 //! reply:    status u8 | length u32 | value, or the reason when refused
 //! ```
-//! `Get`'s value is the time to wait in milliseconds (u64), `Add`'s is the number to add (i64), as is its reply.
+//! `Get`'s value is the time to wait in milliseconds (u64), `Add`'s is the number to add (i64), as is its reply. `Will`'s
+//! is to be appended to the key when the connection ends; an empty one takes an earlier will back.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -22,6 +23,8 @@ pub(super) enum Kind {
     Set = 1,
     Get = 2,
     Add = 3,
+    Append = 4,
+    Will = 5,
 }
 
 impl Kind {
@@ -30,6 +33,8 @@ impl Kind {
             Kind::Set => "set",
             Kind::Get => "get",
             Kind::Add => "add",
+            Kind::Append => "append",
+            Kind::Will => "will",
         }
     }
 }
@@ -78,11 +83,16 @@ pub(super) fn read_request(stream: &mut TcpStream) -> io::Result<Request> {
         1 => Kind::Set,
         2 => Kind::Get,
         3 => Kind::Add,
+        4 => Kind::Append,
+        5 => Kind::Will,
         _ => return Err(bad("unknown request")),
     };
     let key_len = u16::from_le_bytes([head[1], head[2]]) as usize;
     let value_len = u32::from_le_bytes([head[3], head[4], head[5], head[6]]) as usize;
-    if key_len > MAX_KEY_BYTES || value_len > MAX_VALUE_BYTES || (kind != Kind::Set && value_len != 8) {
+    if key_len > MAX_KEY_BYTES
+        || value_len > MAX_VALUE_BYTES
+        || (matches!(kind, Kind::Get | Kind::Add) && value_len != 8)
+    {
         return Err(bad("a length is out of range"));
     }
     let mut key = vec![0; key_len];

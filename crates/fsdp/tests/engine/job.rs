@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use fsdp::{AdamWConfig, Engine, EngineConfig, MicroBatch, StateKind, StepReport, init};
+use fsdp::{AdamWConfig, Engine, EngineConfig, EngineError, MicroBatch, Piece, StateKind, StepReport, init};
 use fsdp_comm::ReduceOp;
-use fsdp_plan::{Architecture, Dtype, Plan, PlanInput, Strategy};
-use fsdp_torch_ext as ext;
-use tch::Tensor;
+use fsdp_plan::{Architecture, DeviceKind, Dtype, Offload, Plan, PlanInput, Strategy};
+use tch::{Device, Tensor};
 
 use crate::ranks::World;
 
@@ -26,6 +25,8 @@ pub struct Job {
     pub prefetch: usize,
     pub recompute: bool,
     pub accumulation: usize,
+    pub num_replicas: usize,
+    pub offload: Offload,
     pub lr: f64,
 }
 
@@ -55,20 +56,33 @@ pub fn fp32(_: &str) -> (Dtype, Dtype) {
 impl Job {
     /// A job in fp32 with the interface's defaults.
     pub fn new(model: &'static str) -> Self {
-        Job { model, compute: Dtype::Fp32, dtypes: fp32, prefetch: 1, recompute: true, accumulation: 1, lr: 1e-2 }
+        Job {
+            model,
+            compute: Dtype::Fp32,
+            dtypes: fp32,
+            prefetch: 1,
+            recompute: true,
+            accumulation: 1,
+            num_replicas: 1,
+            offload: Offload::None,
+            lr: 1e-2,
+        }
     }
 
     pub fn engine(&self, world: &mut World) -> Engine {
         let arch = Architecture::parse(Path::new("config.json"), self.model).unwrap();
         let input = PlanInput {
-            world_size: world.size,
-            strategy: Strategy::FullShard,
+            num_shards: world.size / self.num_replicas,
+            num_replicas: self.num_replicas,
+            strategy: if self.num_replicas == 1 { Strategy::FullShard } else { Strategy::HybridShard },
             prefetch: self.prefetch,
             recompute: self.recompute,
             accumulation: self.accumulation,
             micro_batch_size: self.micro_batch_size(world),
             seq_len: SEQ_LEN,
             compute_dtype: self.compute,
+            device: DeviceKind::Cpu,
+            offload: self.offload,
         };
         let plan = Plan::new(arch, &input, self.dtypes);
         let config = EngineConfig {
@@ -79,12 +93,9 @@ impl Job {
             adamw: AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-3, weight_decay: 0.1 },
             max_grad_norm: Some(0.5),
         };
-        let mut engine = Engine::new(plan, config, world.group()).unwrap();
-        let pieces = engine.pieces().to_vec();
-        ext::with_f32_slice_mut(engine.state_mut(StateKind::Param), |master| {
-            pieces.iter().for_each(|p| init::fill(3, &p.name, p.init, p.start, &mut master[p.flat.clone()]));
-        })
-        .unwrap();
+        let groups = world.groups(plan.num_shards);
+        let mut engine = Engine::new(plan, config, groups).unwrap();
+        write_params(&mut engine, |piece, values| init::fill(3, &piece.name, piece.init, piece.start, values, 1));
         engine
     }
 
@@ -109,13 +120,13 @@ impl Job {
                     }
                 }
                 let num_valid_tokens = targets.iter().filter(|t| **t >= 0).count() as u64;
-                MicroBatch::new(&ids, &targets, num_valid_tokens)
+                MicroBatch::new(&ids, &targets, num_valid_tokens, Device::Cpu).unwrap()
             })
             .collect()
     }
 
     pub fn step(&self, world: &World, engine: &mut Engine, step: usize) -> StepReport {
-        engine.train_step(&self.batches(world, step), self.lr, false).unwrap()
+        engine.train_step(self.batches(world, step), self.lr, false).unwrap()
     }
 
     /// Trains so many steps from the beginning.
@@ -138,6 +149,26 @@ pub struct Run {
     pub params: Vec<f32>,
 }
 
+/// Changes this rank's pieces of the parameters.
+pub fn write_params(engine: &mut Engine, mut f: impl FnMut(&Piece, &mut [f32])) {
+    let write = |piece: &Piece, values: &mut [f32]| -> Result<(), EngineError> {
+        f(piece, values);
+        Ok(())
+    };
+    engine.write_state(StateKind::Param, write).unwrap();
+}
+
+/// A flat state of this rank.
+pub fn state(engine: &Engine, kind: StateKind) -> Vec<f32> {
+    let mut all = Vec::new();
+    let mut add = |values: &[f32]| -> Result<(), EngineError> {
+        all.extend_from_slice(values);
+        Ok(())
+    };
+    engine.read_state(kind, |_, values| add(values)).unwrap();
+    all
+}
+
 /// All parameters in the order of the plan, on every rank.
 pub fn params(engine: &mut Engine) -> Vec<f32> {
     let mut starts = std::collections::HashMap::new();
@@ -147,13 +178,15 @@ pub fn params(engine: &mut Engine) -> Vec<f32> {
         numel += param.numel();
     }
     let mut all = vec![0.0f32; numel];
-    ext::with_f32_slice(engine.state(StateKind::Param), |master| {
-        for piece in engine.pieces() {
-            let at = starts[&piece.name] + piece.start;
-            all[at..at + piece.flat.len()].copy_from_slice(&master[piece.flat.clone()]);
-        }
-    })
-    .unwrap();
+    let copy = |piece: &Piece, values: &[f32]| -> Result<(), EngineError> {
+        let at = starts[&piece.name] + piece.start;
+        all[at..at + values.len()].copy_from_slice(values);
+        Ok(())
+    };
+    engine.read_state(StateKind::Param, copy).unwrap();
+    if engine.place().replica > 0 {
+        all.fill(0.0);
+    }
     // Each element is one rank's and zero on the others.
     let sum = Tensor::from_slice(&all);
     engine.process_group().all_reduce(&sum, ReduceOp::Sum).unwrap();
@@ -163,8 +196,7 @@ pub fn params(engine: &mut Engine) -> Vec<f32> {
 /// Bits of all of this rank's training state.
 pub fn state_bits(engine: &Engine) -> Vec<u32> {
     let kinds = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq];
-    let bits = |kind| ext::with_f32_slice(engine.state(kind), |v| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
-    kinds.into_iter().flat_map(|kind| bits(kind).unwrap()).collect()
+    kinds.into_iter().flat_map(|kind| state(engine, kind)).map(f32::to_bits).collect()
 }
 
 /// The largest difference, relative to the largest of `b`.

@@ -2,9 +2,9 @@
 
 use fsdp::{Engine, EngineError, MicroBatch, NonFinite, StateKind};
 use fsdp_plan::Dtype;
-use fsdp_torch_ext as ext;
+use tch::Device;
 
-use crate::job::{Dtypes, GLOBAL_BATCH, Job, SEQ_LEN, TIED, UNTIED, fp32, state_bits};
+use crate::job::{Dtypes, GLOBAL_BATCH, Job, SEQ_LEN, TIED, UNTIED, fp32, state, state_bits, write_params};
 use crate::ranks::{World, run};
 
 #[test]
@@ -21,21 +21,17 @@ pub fn rank(world: &mut World) {
 
 /// Sets elements of this rank's pieces of a parameter.
 fn set(engine: &mut Engine, name: &str, value: impl Fn(usize, f32) -> f32) {
-    let pieces = engine.pieces().to_vec();
-    ext::with_f32_slice_mut(engine.state_mut(StateKind::Param), |master| {
-        for piece in pieces.iter().filter(|piece| piece.name == name) {
-            for (i, x) in master[piece.flat.clone()].iter_mut().enumerate() {
-                *x = value(piece.start + i, *x);
-            }
+    write_params(engine, |piece, values| {
+        if piece.name == name {
+            values.iter_mut().enumerate().for_each(|(i, x)| *x = value(piece.start + i, *x));
         }
-    })
-    .unwrap();
+    });
 }
 
 fn fails(world: &World, job: &Job, engine: &mut Engine) -> NonFinite {
-    let before = (state_bits(engine), engine.progress());
-    let error = engine.train_step(&job.batches(world, 0), job.lr, false).unwrap_err();
-    assert_eq!((state_bits(engine), engine.progress()), before, "{error}");
+    let before = (state_bits(engine), engine.progress().unwrap().0);
+    let error = engine.train_step(job.batches(world, 0), job.lr, false).unwrap_err();
+    assert_eq!((state_bits(engine), engine.progress().unwrap().0), before, "{error}");
     match error {
         EngineError::NonFinite(place) => place,
         error => panic!("{error}"),
@@ -82,12 +78,17 @@ fn outputs(world: &mut World) {
         ] {
             let job = Job { compute, dtypes, accumulation, ..Job::new(UNTIED) };
             let mut engine = job.engine(world);
-            let fresh = engine.state(StateKind::Param).copy();
+            let fresh = state(&engine, StateKind::Param);
             params.iter().for_each(|param| set(&mut engine, param, |i, _| if i % 3 == 0 { -value } else { value }));
             let place = fails(world, &job, &mut engine);
             assert_eq!(place, NonFinite::Output { rank: 0, unit: expected.to_string() }, "{params:?} in {compute}");
             // The engine is as good as before: with the old weights back it trains as a new one.
-            engine.state_mut(StateKind::Param).copy_(&fresh);
+            let mut fresh = fresh.as_slice();
+            write_params(&mut engine, |_, values| {
+                let (own, rest) = fresh.split_at(values.len());
+                values.copy_from_slice(own);
+                fresh = rest;
+            });
             let loss = job.step(world, &mut engine, 0).loss;
             let mut other = job.engine(world);
             assert_eq!(loss, job.step(world, &mut other, 0).loss);
@@ -127,8 +128,8 @@ fn no_valid_token(world: &mut World) {
     let mut engine = job.engine(world);
     let before = state_bits(&engine);
     let num_tokens = GLOBAL_BATCH / world.size * SEQ_LEN;
-    let nothing = MicroBatch::new(&vec![1; num_tokens], &vec![-100; num_tokens], 0);
-    let error = engine.train_step(&[nothing], job.lr, false).unwrap_err();
+    let nothing = MicroBatch::new(&vec![1; num_tokens], &vec![-100; num_tokens], 0, Device::Cpu).unwrap();
+    let error = engine.train_step(vec![nothing], job.lr, false).unwrap_err();
     assert!(matches!(error, EngineError::NoValidToken), "{error}");
     assert_eq!(state_bits(&engine), before);
     assert!(job.step(world, &mut engine, 0).loss.is_finite(), "the engine goes on");

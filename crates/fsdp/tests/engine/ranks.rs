@@ -1,12 +1,17 @@
 //! Real ranks for tests: the test binary starts itself once for each rank, with `FSDP_TEST_CASE` naming what to do.
 
 use std::io::read_to_string;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use fsdp::Groups;
 use fsdp_comm::ProcessGroup;
+use fsdp_comm::nccl::NcclGroup;
 use fsdp_control::store::{Store, StoreServer};
 use rustix::process::{Pid, Signal};
+use tch::Device;
+use tempfile::TempDir;
 
 /// Longer than any healthy wait.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -15,11 +20,14 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Ranks {
     children: Vec<Child>,
     _server: StoreServer,
+    /// Where the double of NCCL keeps its files.
+    _folder: TempDir,
 }
 
 /// Starts `world_size` ranks of a case.
 pub fn start(case: &str, world_size: usize) -> Ranks {
     let server = StoreServer::bind(("127.0.0.1", 0)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
     let children = (0..world_size)
         .map(|rank| {
             Command::new(std::env::current_exe().unwrap())
@@ -29,12 +37,13 @@ pub fn start(case: &str, world_size: usize) -> Ranks {
                 .env("FSDP_TEST_WORLD_SIZE", world_size.to_string())
                 .env("FSDP_TEST_PORT", server.local_addr().port().to_string())
                 .env("OMP_NUM_THREADS", "1")
+                .env("NCCL_DOUBLE_DIR", folder.path())
                 .stdout(Stdio::piped())
                 .spawn()
                 .unwrap()
         })
         .collect();
-    Ranks { children, _server: server }
+    Ranks { children, _server: server, _folder: folder }
 }
 
 /// Runs a case on so many ranks, which must all succeed; the lines that each reported.
@@ -83,7 +92,25 @@ impl Drop for Ranks {
 pub struct World {
     pub rank: usize,
     pub size: usize,
+    /// What carries the collectives of the next engines.
+    pub carrier: Carrier,
     store: Store,
+}
+
+/// What carries collectives.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Carrier {
+    Shm,
+    /// Over shared memory by way of copies, as for ranks that share a GPU.
+    Staged,
+    /// The back end `nccl` on a test double of its library, which works on the CPU.
+    NcclDouble,
+}
+
+/// The double's library, which the tests of crate comm build: with all tests of the workspace.
+pub fn nccl_double() -> Option<PathBuf> {
+    let exe = std::env::current_exe().unwrap();
+    Some(exe.ancestors().nth(2).unwrap().join("examples/libnccl_double.so")).filter(|path| path.exists())
 }
 
 impl World {
@@ -91,12 +118,22 @@ impl World {
         tch::set_num_threads(1);
         let number = |name: &str| std::env::var(name).expect("ranks are started by the other tests").parse().unwrap();
         let store = Store::connect(("127.0.0.1", number("FSDP_TEST_PORT") as u16), TIMEOUT).unwrap();
-        World { rank: number("FSDP_TEST_RANK"), size: number("FSDP_TEST_WORLD_SIZE"), store }
+        World { rank: number("FSDP_TEST_RANK"), size: number("FSDP_TEST_WORLD_SIZE"), carrier: Carrier::Shm, store }
     }
 
-    /// A process group of its own for each engine.
-    pub fn group(&mut self) -> ProcessGroup {
-        ProcessGroup::connect_shm(&mut self.store, self.rank, self.size, TIMEOUT, None).unwrap()
+    /// Process groups of its own for each engine.
+    pub fn groups(&mut self, num_shards: usize) -> Groups {
+        let (rank, size, store) = (self.rank, self.size, &mut self.store);
+        let world = match self.carrier {
+            Carrier::Shm => ProcessGroup::connect_shm(store, rank, size, TIMEOUT, None).unwrap(),
+            Carrier::Staged => ProcessGroup::connect_shm(store, rank, size, TIMEOUT, None).unwrap().staged(Device::Cpu),
+            Carrier::NcclDouble => {
+                let double = nccl_double().expect("the test has looked for it");
+                let group = NcclGroup::with_library(&double, store, rank, size, Device::Cpu, TIMEOUT, None).unwrap();
+                ProcessGroup::Nccl(group)
+            }
+        };
+        Groups::new(world, store, num_shards).unwrap()
     }
 }
 

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use fsdp_plan::Dtype;
 use rustix::process::Signal;
-use tch::Tensor;
 
 use crate::job::{Job, ODD, QWEN2, QWEN3, Run, TIED, UNTIED, distance, params};
 use crate::ranks::{World, report, run, start};
@@ -97,8 +96,7 @@ fn with_validation(world: &mut World, job: &Job) -> Run {
             let (loss_sum, tokens) = engine.evaluate(batch).unwrap();
             (sum, num_tokens) = (sum + loss_sum, num_tokens + tokens);
         }
-        let rows = Tensor::from_slice(&[0i64, 3]);
-        let next = Vec::<i64>::try_from(engine.next_tokens(&batches[0], &rows).unwrap()).unwrap();
+        let next = engine.next_tokens(&batches[0], &[0, 3]).unwrap();
         assert!(next.len() == 2 && next.iter().all(|id| (0..40).contains(id)), "{next:?}");
         let report = job.step(world, &mut engine, step);
         assert_eq!(report.num_tokens, num_tokens);

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use fsdp_model::{BatchShape, Block, RopeTables, kind};
+use fsdp_model::{BatchShape, Block, RopeTables, Segment, kind, unmarked};
 use fsdp_plan::costs::UnitCosts;
 use fsdp_plan::replay::Batch;
-use fsdp_plan::{Architecture, Dtype, Keep, Plan, PlanInput, Strategy};
+use fsdp_plan::{Architecture, DeviceKind, Dtype, Keep, Offload, Plan, PlanInput, Strategy};
 use fsdp_torch_ext as ext;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::reference::{self, Random, assert_near};
 
@@ -70,7 +70,8 @@ impl Fixture {
         );
         let arch = Architecture::parse(Path::new("config.json"), &json).unwrap();
         let input = PlanInput {
-            world_size: 1,
+            num_shards: 1,
+            num_replicas: 1,
             strategy: Strategy::FullShard,
             prefetch: 1,
             recompute: true,
@@ -78,6 +79,8 @@ impl Fixture {
             micro_batch_size: BATCH as usize,
             seq_len: SEQ_LEN as usize,
             compute_dtype: compute,
+            device: DeviceKind::Cpu,
+            offload: Offload::None,
         };
         let plan = Plan::new(arch.clone(), &input, dtypes);
         let unit = &plan.units[2];
@@ -114,7 +117,7 @@ impl Fixture {
 
     fn block(&self) -> (Block, RopeTables, BatchShape) {
         let block = Block::new(&self.arch, 1, SEQ_LEN as usize);
-        let rope = RopeTables::new(&self.arch, SEQ_LEN as usize, Dtype::Fp32).unwrap();
+        let rope = RopeTables::new(&self.arch, SEQ_LEN as usize, Dtype::Fp32, Device::Cpu).unwrap();
         (block, rope, BatchShape { batch: BATCH, seq_len: SEQ_LEN })
     }
 
@@ -125,13 +128,14 @@ impl Fixture {
         // Whatever is not written shows.
         let grads: Vec<Tensor> = params.iter().map(|p| p.full_like(f64::NAN).to_kind(grad_kind)).collect();
         let x = self.x.to_kind(compute);
-        let (y, mut kept) = block.forward(&params, x.shallow_clone(), &rope, shape).unwrap();
+        let (y, mut kept) = block.forward(&params, x.shallow_clone(), &rope, shape, &mut unmarked).unwrap();
         let num_bytes = kept.num_bytes();
         if recompute {
-            kept = block.recompute(&params, x.copy(), &rope, shape).unwrap();
+            kept = block.recompute(&params, x.copy(), &rope, shape, &mut unmarked).unwrap();
         }
         assert_eq!(kept.num_bytes(), num_bytes);
-        let dx = block.backward(&params, &grads, kept, self.dy.to_kind(compute), &rope, shape).unwrap();
+        let dy = self.dy.to_kind(compute);
+        let dx = block.backward(&params, &grads, kept, dy, &rope, shape, &mut unmarked).unwrap();
         assert!(y.kind() == compute && dx.kind() == compute);
         Passed { y, dx, grads }
     }
@@ -211,10 +215,28 @@ fn a_block_keeps_the_bytes_that_the_plan_says() {
             let fixture = Fixture::new(options, compute, everywhere(compute));
             let (block, rope, shape) = fixture.block();
             let params: Vec<Tensor> = fixture.params.iter().map(|p| p.to_kind(kind(compute))).collect();
-            let (_, kept) = block.forward(&params, fixture.x.to_kind(kind(compute)), &rope, shape).unwrap();
+            let x = fixture.x.to_kind(kind(compute));
+            let (_, kept) = block.forward(&params, x, &rope, shape, &mut unmarked).unwrap();
             let batch = Batch { micro_batch_size: BATCH as usize, seq_len: SEQ_LEN as usize };
             let per_token = UnitCosts::new(&fixture.plan, 2, batch).kept_per_token(Keep::Activations);
             assert_eq!(kept.num_bytes() as u64, per_token * batch.num_tokens(), "{name} in {compute}");
         }
     }
+}
+
+#[test]
+fn segments_are_marked_in_their_order() {
+    use Segment::*;
+    let fixture = Fixture::new(CASES[0].1, Dtype::Fp32, everywhere(Dtype::Fp32));
+    let (block, rope, shape) = fixture.block();
+    let (params, x) = (&fixture.params, || fixture.x.copy());
+    let mut seen = vec![];
+    let mut mark = |segment| seen.push(segment);
+    let _ = block.forward(params, x(), &rope, shape, &mut mark).unwrap();
+    let kept = block.recompute(params, x(), &rope, shape, &mut mark).unwrap();
+    let grads: Vec<Tensor> = params.iter().map(Tensor::zeros_like).collect();
+    let _ = block.backward(params, &grads, kept, fixture.dy.copy(), &rope, shape, &mut mark).unwrap();
+    let forward = [AttentionInput, AttentionCore, Rest, Down];
+    let backward = [DownBackward, RestBackward, AttentionCoreBackward, AttentionInputBackward];
+    assert_eq!(seen, [&forward[..], &forward[..3], &backward].concat());
 }

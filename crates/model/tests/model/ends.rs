@@ -1,6 +1,6 @@
 //! Embedding and head: loss and all gradients, with tokens in several chunks, ignored targets, and narrow dtypes.
 
-use fsdp_model::{Embedding, Head};
+use fsdp_model::{Embedding, Head, Segment, unmarked};
 use tch::{Device, Kind, Tensor};
 
 use crate::reference::{Random, assert_near, rms_norm};
@@ -63,17 +63,24 @@ fn the_head_agrees_with_autograd_over_any_chunks() {
             let x = fixture.x.to_kind(compute);
             let unwritten = |t: &Tensor| t.full_like(f64::NAN).to_kind(grad_kind);
             let (norm_grad, weight_grad) = (unwritten(&norm), unwritten(&weight));
-            let head = Head::new(sizes.1 as usize, EPS);
-            let got =
-                head.loss_and_backward(&norm, &weight, &norm_grad, &weight_grad, &x, &fixture.targets, scale).unwrap();
-            assert!((got.loss_sum - loss).abs() <= tolerance * loss, "{}: {loss}", name(&got.loss_sum.to_string()));
+            let head = Head::new(sizes.1 as usize, EPS, Device::Cpu);
+            let (targets, scale) = (&fixture.targets, Tensor::from(scale));
+            let mut seen = vec![];
+            let mut mark = |segment| seen.push(segment);
+            let got = head
+                .loss_and_backward(&norm, &weight, &norm_grad, &weight_grad, &x, targets, &scale, &mut mark)
+                .unwrap();
+            assert!(seen.starts_with(&[Segment::HeadNorm, Segment::HeadChunk]), "{seen:?}");
+            assert_eq!(seen.last(), Some(&Segment::HeadNormBackward));
+            let loss_sum = got.loss_sum.double_value(&[]);
+            assert!((loss_sum - loss).abs() <= tolerance * loss, "{}: {loss}", name(&loss_sum.to_string()));
             for ((what, got), expected) in
                 [("dx", &got.dx), ("norm", &norm_grad), ("weight", &weight_grad)].into_iter().zip(&expected)
             {
                 assert_near(&name(what), got, expected, tolerance);
             }
             // Forward alone gives the same bits.
-            assert_eq!(head.loss(&norm, &weight, &x, &fixture.targets).unwrap(), got.loss_sum, "{}", name("loss"));
+            assert!(head.loss(&norm, &weight, &x, targets).unwrap().equal(&got.loss_sum), "{}", name("loss"));
             if compute == Kind::Float {
                 let rows = Tensor::from_slice(&[sizes.0 - 1, 0]);
                 let next = head.argmax(&norm, &weight, &x, &rows).unwrap();
@@ -89,10 +96,12 @@ fn without_any_valid_target_loss_and_gradients_are_zero() {
     let unwritten = |t: &Tensor| t.full_like(f64::NAN);
     let (norm_grad, weight_grad) = (unwritten(&fixture.norm), unwritten(&fixture.weight));
     let ignored = Tensor::full([150], -100, (Kind::Int64, Device::Cpu));
-    let head = Head::new(70_000, EPS);
+    let head = Head::new(70_000, EPS, Device::Cpu);
     let (norm, weight, x) = (&fixture.norm, &fixture.weight, &fixture.x);
-    let got = head.loss_and_backward(norm, weight, &norm_grad, &weight_grad, x, &ignored, 1.0).unwrap();
-    assert_eq!(got.loss_sum, 0.0);
+    let scale = Tensor::from(1.0);
+    let got =
+        head.loss_and_backward(norm, weight, &norm_grad, &weight_grad, x, &ignored, &scale, &mut unmarked).unwrap();
+    assert_eq!(got.loss_sum.double_value(&[]), 0.0);
     for grad in [&got.dx, &norm_grad, &weight_grad] {
         assert_eq!(grad.abs().max().double_value(&[]), 0.0);
     }
@@ -129,6 +138,6 @@ fn ids_and_targets_outside_the_vocabulary_are_errors() {
     for id in [30i64, -1] {
         assert!(Embedding::forward(&fixture.weight, &Tensor::from_slice(&[id]), Kind::Float).is_err());
         let targets = Tensor::from_slice(&[1, 2, id, 3, 4]);
-        assert!(Head::new(30, EPS).loss(&fixture.norm, &fixture.weight, &fixture.x, &targets).is_err());
+        assert!(Head::new(30, EPS, Device::Cpu).loss(&fixture.norm, &fixture.weight, &fixture.x, &targets).is_err());
     }
 }

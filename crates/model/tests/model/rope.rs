@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fsdp_model::RopeTables;
 use fsdp_plan::{Architecture, Dtype};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const SEQ_LEN: usize = 300;
 
@@ -40,7 +40,7 @@ fn tables_follow_their_formulas() {
                 "rope_scaling": {scaling_json}}}"#
         );
         let arch = Architecture::parse(Path::new("config.json"), &json).unwrap();
-        let tables = RopeTables::new(&arch, SEQ_LEN, Dtype::Fp32).unwrap();
+        let tables = RopeTables::new(&arch, SEQ_LEN, Dtype::Fp32, Device::Cpu).unwrap();
         let half = arch.head_dim / 2;
         for position in 0..SEQ_LEN {
             for i in 0..half {
@@ -62,8 +62,8 @@ fn tables_are_rounded_to_the_buffer_dtype() {
     let json = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 16, "intermediate_size": 8,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}"#;
     let arch = Architecture::parse(Path::new("config.json"), json).unwrap();
-    let exact = RopeTables::new(&arch, 50, Dtype::Fp32).unwrap();
-    let rounded = RopeTables::new(&arch, 50, Dtype::Bf16).unwrap();
+    let exact = RopeTables::new(&arch, 50, Dtype::Fp32, Device::Cpu).unwrap();
+    let rounded = RopeTables::new(&arch, 50, Dtype::Bf16, Device::Cpu).unwrap();
     let to_bf16 = |t: &Tensor| t.to_kind(Kind::BFloat16).to_kind(Kind::Float);
     assert!(rounded.cos.equal(&to_bf16(&exact.cos)) && rounded.sin.equal(&to_bf16(&exact.sin)));
     assert!(!rounded.sin.equal(&exact.sin));

@@ -17,6 +17,10 @@ fn randn(size: &[i64], kind: Kind) -> Tensor {
     Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind)
 }
 
+fn one() -> Tensor {
+    Tensor::from(1.0)
+}
+
 fn exact(t: &Tensor) -> Tensor {
     t.to_kind(Kind::Double).set_requires_grad(true)
 }
@@ -169,8 +173,8 @@ fn cross_entropy_gives_the_loss_and_leaves_its_gradient() {
             let out = same_for_any_threads(
                 || {
                     let mut logits = logits.copy();
-                    let loss = cross_entropy(&mut logits, &targets, scale).unwrap();
-                    vec![logits, Tensor::from(loss)]
+                    let loss = cross_entropy(&mut logits, &targets, &Tensor::from(scale)).unwrap();
+                    vec![logits, loss]
                 },
                 &what,
             );
@@ -195,7 +199,7 @@ fn exp_is_accurate_to_float_precision() {
     // softmax([0, x])[1] = e / (1 + e), and e / (1 + e) / (1 - e / (1 + e)) = e.
     let mut logits = Tensor::stack(&[x.zeros_like(), x.copy()], 1);
     let targets = x.zeros_like().to_kind(Kind::Int64);
-    cross_entropy(&mut logits, &targets, 1.0).unwrap();
+    let _ = cross_entropy(&mut logits, &targets, &one()).unwrap();
     let p = logits.select(1, 1).to_kind(Kind::Double);
     let e = x.to_kind(Kind::Double).exp();
     let relative = ((p / (&e / (&e + 1.0))) - 1.0).abs().max().double_value(&[]);
@@ -211,7 +215,7 @@ fn a_logit_that_is_not_finite_shows_in_the_loss() {
             let mut logits = randn(&[2, 50], kind);
             let _ = logits.get(1).get(17).fill_(bad);
             let expected = logits.to_kind(Kind::Double).softmax(-1, None);
-            let loss = cross_entropy(&mut logits, &Tensor::from_slice(&[1i64, 2]), 1.0).unwrap();
+            let loss = cross_entropy(&mut logits, &Tensor::from_slice(&[1i64, 2]), &one()).unwrap().double_value(&[]);
             assert_eq!(loss.is_finite(), finite, "{bad} gives {loss}");
             if finite {
                 assert_close(&logits.get(1).get(17), &expected.get(1).get(17), 1e-30, "no weight");
@@ -263,9 +267,10 @@ fn operands_that_do_not_fit_are_errors() {
         ("sin", rope(&x, &f32(&[4, 3]), &f32(&[2, 3]), false).map(drop), "cos and sin"),
         ("up", silu_mul(&x, &f32(&[4, 5])).map(drop), "[4, 5]"),
         ("dh", silu_mul_backward(&bf16, &x, &x).map(drop), "dh"),
-        ("targets", cross_entropy(&mut x.copy(), &ids(&[0, 1]), 1.0).map(drop), "expected 4"),
-        ("target", cross_entropy(&mut x.copy(), &ids(&[0, 1, 6, 0]), 1.0).map(drop), "got 6 in row 2"),
-        ("negative", cross_entropy(&mut x.copy(), &ids(&[-1, 1, 5, 0]), 1.0).map(drop), "got -1 in row 0"),
+        ("targets", cross_entropy(&mut x.copy(), &ids(&[0, 1]), &one()).map(drop), "expected 4"),
+        ("target", cross_entropy(&mut x.copy(), &ids(&[0, 1, 6, 0]), &one()).map(drop), "got 6 in row 2"),
+        ("negative", cross_entropy(&mut x.copy(), &ids(&[-1, 1, 5, 0]), &one()).map(drop), "got -1 in row 0"),
+        ("scale", cross_entropy(&mut x.copy(), &ids(&[0, 1, 5, 0]), &f32(&[])).map(drop), "one f64"),
         ("dst", accumulate(&mut bf16.copy(), &x, true), "dst"),
         ("numbers", accumulate(&mut f32(&[5]), &x, true), "number of elements"),
         ("grad", silu_mul(&f32(&[2, 2]).set_requires_grad(true), &f32(&[2, 2])).map(drop), "no_grad"),

@@ -6,6 +6,8 @@ mod close;
 mod kernels;
 mod memory;
 mod optimizer;
+mod pinned;
+mod plain;
 mod rounding;
 mod shapes;
 mod streams;

@@ -1,4 +1,4 @@
-use fsdp_torch_ext::{with_bytes, with_bytes_mut, with_f32_slice, with_f32_slice_mut};
+use fsdp_torch_ext::{with_f32_slice, with_f32_slice_mut};
 use tch::{Device, Kind, Tensor};
 
 #[test]
@@ -8,15 +8,9 @@ fn slices_are_the_tensors_memory() {
     with_f32_slice_mut(&mut t.get(1), |row| row.fill(9.0)).unwrap();
     assert_eq!(Vec::<f32>::try_from(t.view([-1])).unwrap(), [1.0, 2.0, 9.0, 9.0]);
 
-    let mut half = Tensor::zeros([3], (Kind::BFloat16, Device::Cpu));
-    with_bytes_mut(&mut half, |bytes| bytes.copy_from_slice(&[0x80, 0x3f, 0, 0, 0, 0xc0])).unwrap();
-    assert_eq!(Vec::<f32>::try_from(half.to_kind(Kind::Float)).unwrap(), [1.0, 0.0, -2.0]);
-    assert_eq!(with_bytes(&half, <[u8]>::len).unwrap(), 6);
-    assert_eq!(with_bytes(&t, <[u8]>::len).unwrap(), 16);
-
     let mut empty = Tensor::zeros([0, 4], (Kind::Float, Device::Cpu));
     assert_eq!(with_f32_slice(&empty, <[f32]>::len).unwrap(), 0);
-    assert_eq!(with_bytes_mut(&mut empty, |b| b.len()).unwrap(), 0);
+    assert_eq!(with_f32_slice_mut(&mut empty, |s| s.len()).unwrap(), 0);
 }
 
 #[test]
@@ -26,8 +20,8 @@ fn a_tensor_that_is_no_plain_array_is_an_error() {
         ("strides", with_f32_slice(&t.transpose(0, 1), |_| ()), "contiguous"),
         ("columns", with_f32_slice_mut(&mut t.narrow(1, 0, 3), |_| ()), "contiguous"),
         ("dtype", with_f32_slice(&t.to_kind(Kind::Half), |_| ()), "Half"),
-        ("sparse", with_bytes(&t.to_sparse(None::<tch::Layout>, None::<&[i64]>, None), |_| ()), "dense"),
-        ("undefined", with_bytes(&Tensor::new(), |_| ()), "undefined"),
+        ("sparse", with_f32_slice(&t.to_sparse(None::<tch::Layout>, None::<&[i64]>, None), |_| ()), "dense"),
+        ("undefined", with_f32_slice(&Tensor::new(), |_| ()), "undefined"),
     ];
     for (what, result, part) in table {
         let error = result.expect_err(what);

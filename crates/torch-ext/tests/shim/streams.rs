@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use fsdp_torch_ext::{Event, Stream, TorchError, accelerator};
 use tch::{Device, Tensor};
 
@@ -16,19 +18,42 @@ fn the_cpu_has_one_stream_that_is_always_done() {
 }
 
 #[test]
-fn what_a_device_lacks_is_an_error() {
-    let cpu = Stream::current(Device::Cpu).unwrap();
+fn events_of_the_cpu_are_done_when_they_are_recorded() {
+    let stream = Stream::new_from_pool(Device::Cpu, true).unwrap();
+    assert_eq!(stream, Stream::current(Device::Cpu).unwrap());
+    assert!(stream.native_handle().unwrap().is_null());
     let mut event = Event::new(Device::Cpu).unwrap();
-    assert!(event.query().unwrap(), "nothing recorded, nothing to wait for");
-    assert!(event.native_handle().is_null());
-    cpu.wait(&event).unwrap();
-    event.synchronize().unwrap();
+    for recorded in [false, true] {
+        if recorded {
+            event.record(&stream).unwrap();
+        }
+        assert!(event.query().unwrap() && event.native_handle().is_null());
+        stream.wait(&event).unwrap();
+        event.synchronize().unwrap();
+    }
+}
 
+#[test]
+fn events_with_timing_tell_the_time_between_their_records() {
+    let stream = Stream::current(Device::Cpu).unwrap();
+    let [mut start, mut end] = [(); 2].map(|()| Event::with_timing(Device::Cpu).unwrap());
+    start.record(&stream).unwrap();
+    assert!(start.elapsed_ms(&end).unwrap_err().message.contains("recorded"));
+    std::thread::sleep(Duration::from_millis(20));
+    end.record(&stream).unwrap();
+    let ms = start.elapsed_ms(&end).unwrap();
+    assert!((20.0..5000.0).contains(&ms), "{ms}");
+    assert_eq!(end.elapsed_ms(&start).unwrap(), -ms);
+
+    let mut untimed = Event::new(Device::Cpu).unwrap();
+    untimed.record(&stream).unwrap();
+    assert!(start.elapsed_ms(&untimed).unwrap_err().message.contains("timing"));
+}
+
+#[test]
+fn what_a_device_lacks_is_an_error() {
     let absent = Device::Cuda(accelerator::device_count().unwrap());
-    let table: [(&str, Result<(), TorchError>, &str); 7] = [
-        ("record", event.record(&cpu), "event"),
-        ("pool", Stream::new_from_pool(Device::Cpu, false).map(drop), "pool"),
-        ("native handle", cpu.native_handle().map(drop), "native"),
+    let table: [(&str, Result<(), TorchError>, &str); 4] = [
         ("stream of an absent GPU", Stream::new_from_pool(absent, true).map(drop), ""),
         ("memory of the CPU", accelerator::memory_stats(Device::Cpu).map(drop), "CPU"),
         ("memory of an absent GPU", accelerator::memory_stats(absent).map(drop), ""),

@@ -144,7 +144,7 @@ def main():
                 print(f"round {round + 1}, {side}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items()), flush=True)
         products = json.loads(output_of([sys.executable, HERE / "products.py", folder / "model/config.json", "--tokens",
                                          BATCH * SEQ_LEN, "--seq-len", SEQ_LEN, "--ranks", RANKS]))
-    gloo = bandwidths(torchrun("gloo.py"))
+    gloo = bandwidths(torchrun("bandwidth.py"))
     comm = bandwidths([RELEASE / "examples/bandwidth"])
 
     median = {side: {key: statistics.median(r[key] for r in results) for key in results[0]}
@@ -155,7 +155,8 @@ def main():
     show("peak RSS of a rank, MiB", peer["peak_rss_mib"], ours["peak_rss_mib"], "<= 0.5")
     show("start-up, s", peer["startup_s"], ours["startup_s"], "<= 0.2", 2)
     for (name, mib), gib_per_sec in gloo.items():
-        show(f"{name} {mib} MiB, GiB/s", gib_per_sec, comm[name, mib], ">= 5", 2)
+        goal = "" if name == "all_reduce" else ">= 5"
+        show(f"{name} {mib} MiB, GiB/s", gib_per_sec, comm[name, mib], goal, 2)
     for name, seconds in {"products": products["products_s"], "libtorch attention": products["attention_s"]}.items():
         share = {side: seconds / median[side]["step_s"] for side in median}
         print(f"{name + ', of a step':<34}{share['peer']:>14.0%}{share['ours']:>14.0%}     "

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+use serde_json::json;
 
 use crate::export::Tensor;
 use crate::job::StepMetrics;
+use crate::place;
 
 /// What PyTorch made of one case.
 #[derive(Debug, Deserialize)]
@@ -90,45 +92,77 @@ impl Golden {
     }
 
     fn folder_of(case: &str) -> PathBuf {
-        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("goldens").join(case)
+        place::goldens().join(case)
     }
 }
 
-/// How far a run may be from a curve.
+/// How far a run is from a curve, or may be: the largest differences of all steps.
 #[derive(Debug, Clone, Copy)]
-pub struct Tolerance {
-    /// Relative.
+pub struct Distance {
     pub loss: f64,
     /// Relative.
     pub grad_norm: f64,
 }
 
+/// How losses are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LossScale {
+    Relative,
+    Absolute,
+}
+
 impl Curve {
     /// Holds each step of `run` against this curve.
     ///
+    /// Prints the largest differences as a line of JSON with `what`, whether they are allowed or not.
+    ///
     /// # Errors
-    /// The first step that is too far off, with both values.
-    pub fn check(&self, run: &[StepMetrics], tolerance: Tolerance) -> Result<()> {
+    /// A step that is further off than `limit`, with both values.
+    pub fn check(&self, what: &str, run: &[StepMetrics], scale: LossScale, limit: Distance) -> Result<()> {
         ensure!(run.len() == self.loss.len(), "{} steps instead of {}", run.len(), self.loss.len());
+        let mut largest = Distance { loss: 0.0, grad_norm: 0.0 };
+        let mut too_far = None;
         for (i, got) in run.iter().enumerate() {
             let step = i as u64 + 1;
             ensure!(got.step == step, "line {step} of metrics.jsonl is step {}", got.step);
-            check_value("lr", step, got.lr, self.lr[i], 1e-12)?;
-            check_value("loss", step, got.loss, self.loss[i], tolerance.loss)?;
-            check_value("grad_norm", step, got.grad_norm, self.grad_norm[i], tolerance.grad_norm)?;
+            ensure!(relative(got.lr, self.lr[i]) <= 1e-12, "step {step}: lr is {}, expected {}", got.lr, self.lr[i]);
+            let loss = match scale {
+                LossScale::Relative => relative(got.loss, self.loss[i]),
+                LossScale::Absolute => (got.loss - self.loss[i]).abs(),
+            };
+            let grad_norm = relative(got.grad_norm, self.grad_norm[i]);
+            largest.loss = larger(largest.loss, loss);
+            largest.grad_norm = larger(largest.grad_norm, grad_norm);
+            // Written so that NaN is too far.
+            if !(loss <= limit.loss && grad_norm <= limit.grad_norm) {
+                too_far.get_or_insert(i);
+            }
+        }
+        // NaN becomes null.
+        let line = json!({"run": what, "loss": largest.loss, "loss_limit": limit.loss,
+            "grad_norm": largest.grad_norm, "grad_norm_limit": limit.grad_norm});
+        println!("{line}");
+        if let Some(i) = too_far {
+            bail!(
+                "step {}: loss is {}, expected {}; grad_norm is {}, expected {}; allowed are {limit:?}, {scale:?} losses",
+                i + 1,
+                run[i].loss,
+                self.loss[i],
+                run[i].grad_norm,
+                self.grad_norm[i],
+            );
         }
         Ok(())
     }
 }
 
-fn check_value(what: &str, step: u64, got: f64, expected: f64, tolerance: f64) -> Result<()> {
-    let off = (got - expected).abs() / expected.abs();
-    // written so that NaN fails
-    ensure!(
-        off <= tolerance,
-        "step {step}: {what} is {got}, expected {expected} (off by {off:.1e} of {tolerance:.0e})"
-    );
-    Ok(())
+fn relative(got: f64, expected: f64) -> f64 {
+    (got - expected).abs() / expected.abs()
+}
+
+/// NaN counts as the largest.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b <= a { a } else { b }
 }
 
 impl End {

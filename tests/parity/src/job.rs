@@ -1,7 +1,7 @@
 //! One run of `fsdp-launch` over a golden.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use serde::Deserialize;
 use tempfile::TempDir;
 
 use crate::golden::Golden;
+use crate::place::{self, TestDevice};
 
 /// No run of a tiny model takes longer, so a run that does hangs.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -19,6 +20,8 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 pub struct Job {
     dir: TempDir,
     nproc: u64,
+    device: &'static str,
+    backend: &'static str,
 }
 
 /// A line of `metrics.jsonl`, with all keys that it must have.
@@ -44,18 +47,31 @@ pub struct Running<'a> {
 impl Job {
     /// The golden's fp32 run on `nproc` ranks with `grad_accumulation` microbatches a step, not run yet.
     pub fn new(golden: &Golden, nproc: u64, grad_accumulation: u64) -> Result<Self> {
+        Self::with_kernels(golden, nproc, grad_accumulation, false)
+    }
+
+    /// As [`Job::new`], with kernels that give the same bits each time.
+    pub fn deterministic(golden: &Golden, nproc: u64, grad_accumulation: u64) -> Result<Self> {
+        Self::with_kernels(golden, nproc, grad_accumulation, true)
+    }
+
+    fn with_kernels(golden: &Golden, nproc: u64, grad_accumulation: u64, deterministic: bool) -> Result<Self> {
         let s = &golden.settings;
         let parts = nproc * grad_accumulation;
         assert_eq!(s.global_batch_size % parts, 0, "{nproc} ranks with {grad_accumulation} microbatches");
         let dir = tempfile::Builder::new().prefix("parity-").tempdir()?;
         let (model, out) = (golden.folder(), dir.path().join("out"));
+        let (device, backend) = TestDevice::from_env()?.device_and_backend(nproc);
+        // On CPUs they always do.
+        let deterministic = deterministic && device != "cpu";
         let toml = format!(
             "[model]\npath = {model:?}\n\
+             [fsdp]\ndevice = \"{device}\"\nbackend = \"{backend}\"\n\
              [precision]\nparam = \"fp32\"\n\
              [optimizer]\nlr = {}\nbetas = {:?}\neps = {}\nweight_decay = {}\n\
              [lr_scheduler]\nkind = \"cosine\"\nwarmup_steps = {}\nmin_lr = {}\n\
              [training]\nsteps = {}\nseq_len = {}\nmicro_batch_size = {}\ngrad_accumulation = {grad_accumulation}\n\
-             max_grad_norm = {:?}\n\
+             max_grad_norm = {:?}\ndeterministic = {deterministic}\n\
              [data]\ntrain = [{:?}]\nformat = \"tokens\"\nshuffle = false\n\
              [checkpoint]\nevery_steps = 0\n\
              [output]\ndir = {out:?}\ndtype = \"fp32\"\n",
@@ -72,7 +88,7 @@ impl Job {
             model.join("train.jsonl"),
         );
         std::fs::write(dir.path().join("job.toml"), toml)?;
-        Ok(Self { dir, nproc })
+        Ok(Self { dir, nproc, device, backend })
     }
 
     /// Starts the launcher with `settings` (`key.path=value`) over the job's own.
@@ -80,7 +96,7 @@ impl Job {
     /// # Errors
     /// If the binaries are not built.
     pub fn start(&self, settings: &[&str]) -> Result<Running<'_>> {
-        let mut command = Command::new(launcher_path()?);
+        let mut command = Command::new(place::launcher()?);
         command.args(["--nproc", &self.nproc.to_string()]);
         for setting in settings {
             command.args(["--set", setting]);
@@ -114,6 +130,12 @@ impl Job {
         // a line that is being written has no end yet
         let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
         whole.map(|line| serde_json::from_str(line).with_context(|| format!("{}: {line}", path.display()))).collect()
+    }
+
+    /// How many ranks, and on what, in words.
+    pub fn ranks(&self) -> String {
+        let Job { nproc, device, backend, .. } = self;
+        format!("{nproc} {} ({device}, {backend})", if *nproc == 1 { "rank" } else { "ranks" })
     }
 
     /// The exported model.
@@ -182,16 +204,4 @@ impl Drop for Running<'_> {
         let _ = self.launcher.kill();
         let _ = self.launcher.wait();
     }
-}
-
-/// `fsdp-launch` beside the running test: `target/<profile>/deps/<test>` -> `target/<profile>/fsdp-launch`.
-fn launcher_path() -> Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let folder = test.parent().and_then(Path::parent).context("the test is in no target folder")?;
-    for binary in ["fsdp-launch", "fsdp-train"] {
-        let path = folder.join(binary);
-        let profile = if folder.ends_with("release") { " --release" } else { "" };
-        ensure!(path.exists(), "{} is missing: run `cargo build{profile}` first", path.display());
-    }
-    Ok(folder.join("fsdp-launch"))
 }

@@ -34,7 +34,7 @@ fn the_same_run_twice_gives_the_same_bits() -> Result<()> {
         ("qwen3", 4, ["precision.param=bf16", "data.shuffle=true", "training.seed=8"]),
     ] {
         let golden = Golden::load(case)?;
-        let (first, second) = (Job::new(&golden, nproc, 3)?, Job::new(&golden, nproc, 3)?);
+        let (first, second) = (Job::deterministic(&golden, nproc, 3)?, Job::deterministic(&golden, nproc, 3)?);
         ensure_same_metrics(&second.run(&settings)?, &first.run(&settings)?)?;
         ensure_same_files(&second.exported(), &first.exported())?;
     }
@@ -44,7 +44,7 @@ fn the_same_run_twice_gives_the_same_bits() -> Result<()> {
 #[test]
 fn another_seed_gives_another_order() -> Result<()> {
     let golden = Golden::load("llama_tied")?;
-    let job = |seed| Job::new(&golden, 2, 1)?.run(&["data.shuffle=true", seed, "training.steps=5"]);
+    let job = |seed| Job::deterministic(&golden, 2, 1)?.run(&["data.shuffle=true", seed, "training.steps=5"]);
     let (first, second) = (job("training.seed=7")?, job("training.seed=8")?);
     ensure!(first[0].loss != second[0].loss, "step 1 is the same with both seeds");
     Ok(())
@@ -69,7 +69,8 @@ fn five_steps_and_five_after_a_resume_give_the_bits_of_ten() -> Result<()> {
             // of 180 lines: every run meets the end of the data, and in the middle of a step
             "training.micro_batch_size=25",
         ];
-        let (whole, parts) = (Job::new(&golden, nproc, accumulation)?, Job::new(&golden, nproc, accumulation)?);
+        let (whole, parts) =
+            (Job::deterministic(&golden, nproc, accumulation)?, Job::deterministic(&golden, nproc, accumulation)?);
         let with_steps = |steps| settings.iter().copied().chain([steps]).collect::<Vec<_>>();
         let expected = whole.run(&with_steps("training.steps=10"))?;
         ensure_same_metrics(&parts.run(&with_steps("training.steps=5"))?, &expected[..5])?;
@@ -85,7 +86,7 @@ fn a_run_stopped_by_sigterm_and_resumed_gives_the_bits_of_one_that_was_not() -> 
     let settings =
         ["training.steps=400", "training.micro_batch_size=4", "data.shuffle=true", "checkpoint.every_steps=1000"];
     let golden = Golden::load("llama_untied")?;
-    let (whole, stopped) = (Job::new(&golden, 2, 1)?, Job::new(&golden, 2, 1)?);
+    let (whole, stopped) = (Job::deterministic(&golden, 2, 1)?, Job::deterministic(&golden, 2, 1)?);
     let expected = whole.run(&settings)?;
 
     let mut running = stopped.start(&settings)?;

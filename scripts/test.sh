@@ -12,11 +12,20 @@ for component in fmt clippy; do
 done
 
 say() { printf '\n== %s\n' "$*"; }
+# The back end `mpi` is tested where an MPI library and libclang, which its bindings are made with, are installed.
+features=()
+if command -v mpicc >/dev/null && command -v mpirun >/dev/null &&
+    { [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null; }; then
+    features=(--features fsdp-train/mpi)
+else
+    say "the tests of MPI are skipped: no MPI library or no libclang (apt-get install libopenmpi-dev openmpi-bin libclang-dev)"
+fi
+
 # One profile for all: libtorch's bindings take minutes to compile.
 say "format";  cargo fmt --all --check
-say "build";   cargo build --release --locked
-say "lints";   cargo clippy --release --locked --workspace --all-targets -- -D warnings
+say "build";   cargo build --release --locked "${features[@]}"
+say "lints";   cargo clippy --release --locked --workspace --all-targets "${features[@]}" -- -D warnings
 say "docs";    RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps --quiet
-say "tests";   cargo test --release --locked --workspace
+say "tests";   cargo test --release --locked --workspace "${features[@]}"
 say "quickstart"; scripts/quickstart.sh
 say "all tests passed"

@@ -255,7 +255,7 @@ class Check:
         work, host_bytes = self.work / "offload", host_memory_bytes()
         if not is_cpu and self.machine.memory_bytes < 75 * GIB:
             return self.table.skip("7b with offload", f"the card has {self.machine.memory_bytes / GIB:.0f} GiB, 75 needed")
-        for offload, needed_gib in (("optimizer", 64), ("master", 100)):
+        for offload, needed_gib in (("optimizer", 72), ("master", 108)):
             name = f"{shape} with offload={offload}, 1 rank"
             if not is_cpu and host_bytes < needed_gib * GIB:
                 self.table.skip(name, f"{host_bytes / GIB:.0f} GiB of the host's memory are free, {needed_gib} needed")

@@ -5,11 +5,11 @@ use fsdp_control::progress::ProgressHandle;
 use fsdp_control::store::Store;
 use tch::{Device, Kind, Tensor};
 
+use crate::CommError;
 use crate::mpi::{MpiGatherBuffer, MpiGroup, MpiReduceBuffer};
 use crate::nccl::{LaneGuard, NcclGatherBuffer, NcclGroup, NcclReduceBuffer};
 use crate::shm::{ShmGatherBuffer, ShmGroup, ShmReduceBuffer};
 use crate::staged::{StagedGatherBuffer, StagedGroup, StagedReduceBuffer};
-use crate::{Call, CommError};
 
 /// The ranks of a run, or some of them, seen from one of them. A world of 1 goes the same ways.
 #[derive(Debug)]
@@ -141,8 +141,9 @@ impl ReduceBuffer {
 /// longer than the group's timeout), [`CommError::Mismatch`], and what the back end's library reports. Misuse of a buffer
 /// (steps out of order, a segment outside of it, a buffer of another back end) is a bug of the caller and panics.
 ///
-/// "Waits" below is the host's on `shm` and `mpi`. On `nccl` the host never waits but in [`ProcessGroup::barrier`]:
-/// *streams* wait, and what a call says of "now" holds for the work that is put into the current stream from then on.
+/// "Waits" below is the host's on `shm` and `mpi`. On `nccl` the host waits for the device in [`ProcessGroup::barrier`]
+/// only (and where its queues are full): *streams* wait, and what a call says of "now" holds for the work that is put into
+/// the current stream from then on.
 impl ProcessGroup {
     /// Makes a group of processes of one host over shared memory. All ranks call it; they find each other through the
     /// store. `timeout` holds for this and for each later wait. The rank keeps `progress` up to date.
@@ -250,9 +251,17 @@ impl ProcessGroup {
         }
     }
 
-    /// The last collective that this rank has started on this group.
-    pub fn last_call(&self) -> Option<Call> {
-        on_group!(self, group => group.last_call())
+    /// The failure of this group, or of one that was split from the same, if there is one: what the next call would
+    /// return. After a failure the device goes on as if all collectives were done, over whatever the buffers hold; so
+    /// whoever has waited for the device by other means than this group's asks here before using what it computed. Waits
+    /// for nobody but, once there is a failure, the few seconds in which its cause is found. `shm` and `mpi`: always well,
+    /// the call that fails says so itself.
+    pub fn check(&self) -> Result<(), CommError> {
+        match self {
+            ProcessGroup::Shm(_) | ProcessGroup::Mpi(_) => Ok(()),
+            ProcessGroup::Nccl(group) => group.check(),
+            ProcessGroup::Staged(group) => group.check(),
+        }
     }
 
     /// Writes the last 256 collectives of this rank on this group to a file, oldest first, a JSON line each: `group`,

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 use crate::check::{check_out, check_segments, check_tensor};
 use crate::memory::Memory;
 use crate::sum::element_bytes;
-use crate::{Call, CommError, GatherBuffer, ProcessGroup, ReduceBuffer, ReduceOp, Segment, Work};
+use crate::{CommError, GatherBuffer, ProcessGroup, ReduceBuffer, ReduceOp, Segment, Work};
 
 /// A host group with its tensors on a device.
 #[derive(Debug)]
@@ -95,8 +95,8 @@ impl StagedGroup {
         self.device
     }
 
-    pub(crate) fn last_call(&self) -> Option<Call> {
-        self.host.last_call()
+    pub(crate) fn check(&self) -> Result<(), CommError> {
+        self.host.check()
     }
 
     pub(crate) fn write_flight_record(&self, path: &Path) -> Result<(), CommError> {

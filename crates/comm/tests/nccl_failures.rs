@@ -6,7 +6,8 @@ mod ranks;
 use std::time::{Duration, Instant};
 
 use fsdp_comm::{CommError, GatherBuffer, ProcessGroup, ReduceBuffer, ReduceOp, Segment};
-use ranks::double::{DoubleRanks, connect, start_some};
+use fsdp_control::store::{Store, StoreServer};
+use ranks::double::{DoubleRanks, connect, connect_through, start_some};
 use ranks::{LONG, report};
 use rustix::process::Signal;
 use tch::{Device, Kind, Tensor};
@@ -127,6 +128,45 @@ fn a_slow_start_is_waited_for_and_one_that_hangs_is_not() {
     assert!(line.contains("[1] did not arrive"), "{line}");
 }
 
+/// What the run has computed is there by then.
+#[test]
+fn an_end_that_takes_too_long_is_no_failure() {
+    let mut job = start_some("close", 2, 2, LONG, "slow_finalize 6000");
+    for rank in 0..2 {
+        assert_eq!(job.ranks.wait_for(rank).results, ["closed"]);
+        assert_eq!((job.count(rank, "ncclCommAbort"), job.count(rank, "ncclCommDestroy")), (1, 0));
+    }
+}
+
+/// Rank 1 calls nothing when rank 0 gives up on it, but would use what its device has computed.
+#[test]
+fn a_failure_shows_without_a_call() {
+    let mut job = start("check", 2, "");
+    assert_named(&mut job, 0, "rank 0: rank 1 did not enter barrier number 4 within ", "check");
+    let [secs, line] = job.ranks.wait_for(1).results.try_into().unwrap();
+    assert_eq!(line, "rank 1: rank 0 has given up; the last call here was new_buffer number 3 (24 bytes, grads)");
+    assert!(secs.parse::<f64>().unwrap() < (TIMEOUT + END_LIMIT).as_secs_f64(), "{secs} s");
+}
+
+/// Rank 0 serves the store and is stopped as a whole, as it can be under `srun`. Nobody can ask who is missing, but rank 1
+/// is told, and rank 2, which is inside of a call of NCCL that does not come back, ends.
+#[test]
+fn a_store_that_does_not_answer_delays_nothing() {
+    let mut job = start("suspended_store", 3, "stuck 2 1");
+    job.ranks.wait_until_inside(1, 4);
+    let start = Instant::now();
+    while job.ranks.progress.snapshot(2).seq < 4 {
+        assert!(start.elapsed() < LONG);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let start = Instant::now();
+    job.ranks.signal(0, Signal::STOP);
+    assert_named(&mut job, 1, "rank 1: some rank did not enter all_gather number 4 ", "suspended_store");
+    let ended = job.ranks.wait_for(2);
+    assert!(!ended.success && ended.signal.is_none() && ended.results.is_empty(), "{ended:?}");
+    assert!(start.elapsed() < TIMEOUT + END_LIMIT, "took {:?}", start.elapsed());
+}
+
 /// As when a scheduler suspends a job.
 #[test]
 fn time_in_which_all_ranks_are_stopped_does_not_count() {
@@ -198,6 +238,40 @@ fn rank() {
             Ok(_group) => report("connected"),
             Err(error) => report(error),
         },
+        ("close", _) => {
+            Fixture::new().group.close().unwrap();
+            report("closed");
+        }
+        ("check", _) => {
+            let mut fixture = Fixture::new();
+            if fixture.group.rank() == 0 {
+                return fixture.fail("barrier");
+            }
+            let start = Instant::now();
+            let error = loop {
+                match fixture.group.check() {
+                    Ok(()) => std::thread::sleep(Duration::from_millis(1)),
+                    Err(error) => break error,
+                }
+            };
+            report(start.elapsed().as_secs_f64());
+            report(error);
+        }
+        ("suspended_store", _) => {
+            // The test's own store tells the ranks where rank 0's is.
+            let mut first = ranks::store();
+            let server = (std::env::var("RANK").unwrap() == "0").then(|| StoreServer::bind(("127.0.0.1", 0)).unwrap());
+            if let Some(server) = &server {
+                first.set("port", &server.local_addr().port().to_le_bytes()).unwrap();
+            }
+            let port = u16::from_le_bytes(first.get("port", LONG).unwrap().try_into().unwrap());
+            let mut store = Store::connect(("127.0.0.1", port), LONG).unwrap();
+            let mut fixture = Fixture::of(connect_through(&mut store).unwrap());
+            if server.is_some() {
+                std::thread::sleep(LONG);
+            }
+            fixture.fail("all_gather");
+        }
         ("suspended", _) => {
             let mut fixture = Fixture::new();
             if fixture.group.rank() == 1 {
@@ -218,7 +292,10 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        let mut group = connect().unwrap();
+        Self::of(connect().unwrap())
+    }
+
+    fn of(mut group: ProcessGroup) -> Self {
         let slot = group.new_gather_buffer("slot", 24).unwrap();
         let grads = group.new_reduce_buffer("grads", 24).unwrap();
         Fixture { group, slot, grads }
@@ -229,6 +306,7 @@ impl Fixture {
         let start = Instant::now();
         let error = self.call(call).unwrap_err();
         report(start.elapsed().as_secs_f64());
+        assert_eq!(self.group.check().unwrap_err().to_string(), error.to_string());
         report(error);
     }
 

@@ -197,6 +197,7 @@ mod tests {
         for (name, value, expected) in [
             ("RANK", "8", "less than WORLD_SIZE, which is 8"),
             ("RANK", "-1", "a whole number"),
+            ("WORLD_SIZE", "18446744073709551615", "at most 1048576 ranks"),
             ("LOCAL_RANK", "4", "less than LOCAL_WORLD_SIZE, which is 4"),
             ("LOCAL_WORLD_SIZE", "9", "less than WORLD_SIZE + 1, which is 9"),
             ("MASTER_PORT", "0", "a port"),
@@ -256,6 +257,14 @@ mod tests {
             ),
             (format!("{HYDRA} MASTER_PORT=7"), (Mpi, [1, 2, 1, 2, 0], ("127.0.0.1", 7), Some("127.0.0.1:7"))),
             (SRUN.to_owned(), (Slurm, [2, 4, 2, 3, 0], ("n1", 20094), Some("slurm-3.1"))),
+            // salloc, then `srun -n1 fsdp-train`.
+            (
+                "SLURM_JOB_ID=3 SLURM_STEP_ID=1 SLURM_JOB_NAME=interactive SLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 \
+                 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NUM_NODES=1 SLURM_STEP_TASKS_PER_NODE=1 \
+                 SLURM_STEP_NODELIST=n1 SLURM_JOB_NODELIST=n[1-2]"
+                    .to_owned(),
+                (Slurm, [0, 1, 0, 1, 0], ("n1", 20094), Some("slurm-3.1")),
+            ),
             (
                 format!("{SRUN} PMIX_RANK=2 PMIX_NAMESPACE=slurm.pmix.3.1"),
                 (Mpi, [2, 4, 2, 3, 0], ("n1", 20094), Some("slurm-3.1")),

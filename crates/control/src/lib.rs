@@ -14,7 +14,7 @@
 //! - [`failures`]: the failures of a run in order, for ranks that no launcher watches.
 //! - [`memory`]: anonymous shared memory (`memfd`), which also carries the `shm` process group.
 //!
-//! Nothing here prints, and nothing here knows what a tensor or a training step is.
+//! Nothing here prints (but [`lock`], where a file system has no locks), and nothing here knows what a tensor or a training step is.
 
 pub mod env;
 pub mod error_file;

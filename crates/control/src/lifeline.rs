@@ -76,6 +76,10 @@ pub fn watch(fd: RawFd) -> Result<(), ControlError> {
     Ok(())
 }
 
+/// How much longer than it may wait itself the store has for a reply to a rank that is ending: a store whose process is
+/// suspended keeps nobody.
+const PARTING_SLACK: Duration = Duration::from_secs(3);
+
 /// How long what is to be done at a loss may take, before the rank ends all the same.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -113,7 +117,7 @@ pub fn watch_store(
     last_will: &ErrorRecord,
     on_loss: impl FnOnce(Loss) -> ExitStatus + Send + 'static,
 ) -> Result<StoreLifeline, ControlError> {
-    let mut will = Store::connect(addr, timeout)?;
+    let mut will = Store::connect(addr, timeout)?.with_reply_slack(PARTING_SLACK);
     will.will(failures::KEY, &failures::line(last_will))?;
     let store = Store::connect(addr, timeout)?;
     let failed = |source| ControlError::system("cannot start the lifeline thread", source);
@@ -150,7 +154,7 @@ fn wait_for_loss(mut store: Store, grace: Duration, is_over: &AtomicBool) -> Los
     while start.elapsed() < grace && !is_over.load(Ordering::Acquire) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    match failures::list(&mut store) {
+    match failures::list(&mut store.with_reply_slack(PARTING_SLACK)) {
         Ok(records) => Loss::Ranks(records),
         Err(error) => Loss::Store(error),
     }

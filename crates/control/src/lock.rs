@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, Write};
 use std::path::Path;
 
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use crate::{ControlError, host_name};
 
@@ -18,7 +19,8 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock of the folder `dir`, for a process of `program`.
+    /// Takes the lock of the folder `dir`, for a process of `program`. Where the file system has no locks, it says so on
+    /// stderr and goes on without one.
     ///
     /// # Errors
     /// [`ControlError::Locked`] if another run holds it; or the file cannot be written.
@@ -29,11 +31,20 @@ impl Lock {
             File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Errno::WOULDBLOCK) => {
                 let mut holder = String::new();
                 // Whatever it says, somebody holds it.
                 let _ = file.take(MAX_HOLDER_BYTES).read_to_string(&mut holder);
                 return Err(ControlError::Locked { dir: dir.to_owned(), holder: holder.trim().to_owned() });
+            }
+            Err(error) if is_unsupported(error) => {
+                // A run that nobody disturbs needs no lock.
+                let _ = writeln!(
+                    io::stderr(),
+                    "{program}: warning: {}: this file system has no locks ({error}): see to it yourself that no two runs \
+                     use this folder at a time",
+                    path.display()
+                );
             }
             Err(error) => return Err(failed(error.into())),
         }
@@ -44,9 +55,27 @@ impl Lock {
     }
 }
 
+/// Lustre without `-o flock`, NFS without its lock service, and others.
+fn is_unsupported(error: Errno) -> bool {
+    [Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOLCK].contains(&error)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_system_without_locks_is_told_from_a_folder_that_is_in_use() {
+        for (error, expected) in [
+            (Errno::NOSYS, true),
+            (Errno::OPNOTSUPP, true),
+            (Errno::NOLCK, true),
+            (Errno::WOULDBLOCK, false),
+            (Errno::IO, false),
+        ] {
+            assert_eq!(is_unsupported(error), expected, "{error}");
+        }
+    }
 
     #[test]
     fn a_second_run_is_refused_and_told_who_holds_the_folder() {

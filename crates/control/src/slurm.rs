@@ -1,9 +1,14 @@
 //! What SLURM tells a process of a job step (`srun`) about its place in it.
 
+use std::collections::HashSet;
 use std::str::FromStr;
 
 use crate::ControlError;
 use crate::env::Lookup;
+
+mod node_list;
+
+pub use node_list::expand_hostlist;
 
 /// Most hosts that a node list may name, and most tasks of a step.
 const MAX_HOSTS: usize = 1 << 16;
@@ -28,31 +33,33 @@ pub struct Slurm {
 }
 
 impl Slurm {
-    /// The place of this process; `None` outside of job steps (SLURM sets most variables in batch scripts too) and in
-    /// interactive shells (a step of one task whose job is called `bash` or `interactive`).
+    /// The place of a launcher; `None` outside of job steps, and in interactive shells (a step of one task whose job is
+    /// called `bash` or `interactive`), which are where people start launchers.
     ///
     /// # Errors
     /// A variable is missing, is no number, or contradicts another one.
     pub fn from_env() -> Result<Option<Self>, ControlError> {
-        Self::from_lookup(&crate::env::process_variable)
+        let lookup: Lookup = &crate::env::process_variable;
+        Ok(Self::from_lookup(lookup)?.filter(|slurm| !slurm.is_shell(lookup)))
     }
 
+    fn is_shell(&self, lookup: Lookup) -> bool {
+        self.num_tasks == 1 && lookup("SLURM_JOB_NAME").is_some_and(|name| name == "bash" || name == "interactive")
+    }
+
+    /// The place of a task; `None` outside of job steps.
     pub(crate) fn from_lookup(lookup: Lookup) -> Result<Option<Self>, ControlError> {
-        // The step's own figures come first: where a step is smaller than its job, the others may be the job's.
+        // The step's own figures come first: with --preserve-env, the others are the job's.
         let first = |names: &[&'static str]| -> Result<(&'static str, String), ControlError> {
             let found = names.iter().find_map(|name| Some((*name, lookup(name)?)));
             found.ok_or(ControlError::MissingVariable { name: names[0], hint: "srun sets it in each task" })
         };
-        if lookup("SLURM_STEP_ID").is_none() || lookup("SLURM_PROCID").is_none() {
+        if !is_step(lookup) {
             return Ok(None);
         }
-        let num_tasks: usize = number(first(&["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"])?)?;
-        let is_shell = lookup("SLURM_JOB_NAME").is_some_and(|name| name == "bash" || name == "interactive");
-        if num_tasks == 1 && is_shell {
-            return Ok(None);
-        }
+        let num_tasks = positive(first(&["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"])?)?;
         let node_names = ["SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"];
-        let num_nodes: usize = number(first(&node_names)?)?;
+        let num_nodes = positive(first(&node_names)?)?;
         let proc_id = below(first(&["SLURM_PROCID"])?, "the number of tasks", num_tasks)?;
         let node_rank = below(first(&["SLURM_NODEID"])?, "the number of nodes", num_nodes)?;
         let (tasks_name, tasks) = first(&["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"])?;
@@ -87,8 +94,49 @@ impl Slurm {
     }
 }
 
+/// Whether this process is a task of a step, as SLURM's variables say.
+pub fn in_step() -> bool {
+    is_step(&crate::env::process_variable)
+}
+
+/// Whether the variables of the step are this process's own. A batch script has most of them too: SLURM sets some, and where
+/// `sbatch` ran inside another step, that one's are inherited. Those give themselves away by a layout or by nodes that are
+/// not this job's, since `srun` tells its tasks the step's layout under the job's names as well. (An inherited step with
+/// the same layout on the same nodes does not.)
+fn is_step(lookup: Lookup) -> bool {
+    if lookup("SLURM_STEP_ID").is_none() || lookup("SLURM_PROCID").is_none() {
+        return false;
+    }
+    let pair = |step, job| lookup(step).zip(lookup(job));
+    let same_layout = [
+        ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+        ("SLURM_STEP_NUM_NODES", "SLURM_NNODES"),
+        ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"),
+    ];
+    if !same_layout.iter().all(|(step, job)| pair(step, job).is_none_or(|(step, job)| step == job)) {
+        return false;
+    }
+    match pair("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
+        .map(|(step, job)| (expand_hostlist(&step), expand_hostlist(&job)))
+    {
+        Some((Ok(step), Ok(job))) => {
+            let job: HashSet<String> = job.into_iter().collect();
+            step.iter().all(|host| job.contains(host))
+        }
+        // What is no list is said later.
+        _ => true,
+    }
+}
+
 fn number<T: FromStr>((name, value): (&'static str, String)) -> Result<T, ControlError> {
     value.parse().map_err(|_| ControlError::BadVariable { name, value, expected: "a whole number".to_owned() })
+}
+
+fn positive((name, value): (&'static str, String)) -> Result<usize, ControlError> {
+    match value.parse() {
+        Ok(parsed @ 1..) => Ok(parsed),
+        _ => Err(ControlError::BadVariable { name, value, expected: "a whole number from 1".to_owned() }),
+    }
 }
 
 fn below((name, value): (&'static str, String), limit_name: &str, limit: usize) -> Result<usize, ControlError> {
@@ -120,151 +168,11 @@ fn expand_tasks_per_node(text: &str) -> Option<Vec<usize>> {
     Some(per_node)
 }
 
-/// The hosts of a SLURM node list, in order: `n[01-02,7],login` -> `n01`, `n02`, `n7`, `login`. Several brackets of one
-/// name combine, the last one fastest: `a[1-2]b[3-4]` -> `a1b3`, `a1b4`, `a2b3`, `a2b4`. At least one host.
-///
-/// # Errors
-/// [`ControlError::NodeList`] gives the position of what is no node list, or of what would make it too long.
-pub fn expand_hostlist(list: &str) -> Result<Vec<String>, ControlError> {
-    let failed = |at: usize, reason: &str| {
-        Err(ControlError::NodeList { list: list.to_owned(), position: at + 1, reason: reason.to_owned() })
-    };
-    let bytes = list.as_bytes();
-    let mut hosts: Vec<String> = Vec::new();
-    // The names so far of the item at hand, which brackets multiply.
-    let mut names = vec![String::new()];
-    let mut at = 0;
-    loop {
-        match bytes.get(at) {
-            None | Some(b',') => {
-                if names[0].is_empty() {
-                    return failed(at, "expected the name of a host");
-                }
-                if hosts.len() + names.len() > MAX_HOSTS {
-                    return failed(at, "expected at most 65536 hosts");
-                }
-                hosts.append(&mut names);
-                names.push(String::new());
-                if at == bytes.len() {
-                    return Ok(hosts);
-                }
-                at += 1;
-            }
-            Some(b'[') => {
-                let Some(len) = list[at..].find(']') else { return failed(at, "this bracket is not closed") };
-                let mut numbers = Vec::new();
-                let mut start = at + 1;
-                for range in list[start..at + len].split(',') {
-                    match expand_range(range) {
-                        Some(range) if numbers.len() + range.len() <= MAX_HOSTS => numbers.extend(range),
-                        Some(_) => return failed(start, "expected at most 65536 hosts"),
-                        None => return failed(start, "expected a number or a range such as 01-04"),
-                    }
-                    start += range.len() + 1;
-                }
-                if names.len() * numbers.len() > MAX_HOSTS {
-                    return failed(at, "expected at most 65536 hosts");
-                }
-                names = names.iter().flat_map(|name| numbers.iter().map(move |n| format!("{name}{n}"))).collect();
-                at += len + 1;
-            }
-            Some(byte) if byte.is_ascii_alphanumeric() || b"-_.".contains(byte) => {
-                names.iter_mut().for_each(|name| name.push(char::from(*byte)));
-                at += 1;
-            }
-            Some(_) => return failed(at, "expected a letter, a digit, or one of - _ . [ ,"),
-        }
-    }
-}
-
-/// `01-03` -> `01`, `02`, `03`; `7` -> `7`. `None` for what is no range, runs down, or is longer than [`MAX_HOSTS`].
-fn expand_range(range: &str) -> Option<Vec<String>> {
-    let (first, last) = range.split_once('-').unwrap_or((range, range));
-    let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
-    let (from, to) = (number(first)?, number(last)?);
-    if to.checked_sub(from)? >= MAX_HOSTS as u64 || first.len() > 20 {
-        return None;
-    }
-    Some((from..=to).map(|n| format!("{n:0width$}", width = first.len())).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
-    use std::process::Command;
 
     use super::*;
-
-    /// (List, its hosts separated by blanks).
-    const LISTS: &[(&str, &str)] = &[
-        ("login", "login"),
-        ("n[01-04,7],login", "n01 n02 n03 n04 n7 login"),
-        ("gpu[1-2]-ib[0-1]", "gpu1-ib0 gpu1-ib1 gpu2-ib0 gpu2-ib1"),
-        ("n[8-11]", "n8 n9 n10 n11"),
-        ("n[08-11]", "n08 n09 n10 n11"),
-        ("n[098-101],m[3]", "n098 n099 n100 n101 m3"),
-        ("rack[1-2]node[01-02]", "rack1node01 rack1node02 rack2node01 rack2node02"),
-        ("b,a,c10,c9", "b a c10 c9"),
-        ("host-a.example,host_b", "host-a.example host_b"),
-        ("x[5,1-2,1]", "x5 x1 x2 x1"),
-    ];
-
-    #[test]
-    fn node_lists_expand_in_order() {
-        for (list, hosts) in LISTS {
-            assert_eq!(expand_hostlist(list).unwrap().join(" "), *hosts, "{list}");
-        }
-    }
-
-    #[test]
-    fn node_lists_expand_as_scontrol_expands_them() {
-        // It wants a config, though it asks nobody.
-        let conf = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(conf.path(), "ClusterName=test\nSlurmctldHost=localhost\n").unwrap();
-        for (list, _) in LISTS {
-            let mut command = Command::new("scontrol");
-            command.args(["show", "hostnames", list]).env("SLURM_CONF", conf.path());
-            let output = match command.output() {
-                Ok(output) if output.status.success() => String::from_utf8(output.stdout).unwrap(),
-                Ok(output) => return eprintln!("skipped: scontrol: {}", String::from_utf8_lossy(&output.stderr)),
-                Err(error) => return eprintln!("skipped: scontrol (Debian: slurm-client): {error}"),
-            };
-            let expected: Vec<&str> = output.lines().collect();
-            assert_eq!(expand_hostlist(list).unwrap(), expected, "{list}");
-        }
-    }
-
-    #[test]
-    fn what_is_no_node_list_is_refused_with_its_position() {
-        for (list, position, reason) in [
-            ("", 1, "the name of a host"),
-            ("a,,b", 3, "the name of a host"),
-            ("a,b,", 5, "the name of a host"),
-            ("n[1-2", 2, "not closed"),
-            ("n1]", 3, "a letter"),
-            ("n[1 2]", 3, "a number or a range"),
-            ("n[1,]", 5, "a number or a range"),
-            ("n[]", 3, "a number or a range"),
-            ("n[1,4-3]", 5, "a number or a range"),
-            ("n[1-2-3]", 3, "a number or a range"),
-            ("n[-1]", 3, "a number or a range"),
-            ("n[+1-2]", 3, "a number or a range"),
-            ("n[a-b]", 3, "a number or a range"),
-            ("n[[1]]", 3, "a number or a range"),
-            ("n[0-99999999999999999999]", 3, "a number or a range"),
-            ("n[0-65536]", 3, "a number or a range"),
-            ("n[1-60000,1-60000]", 11, "at most 65536 hosts"),
-            ("n[1-60000],m[1-60000]", 22, "at most 65536 hosts"),
-            ("a[1-300]b[1-300]", 10, "at most 65536 hosts"),
-            ("n;rm", 2, "a letter"),
-            ("né", 2, "a letter"),
-        ] {
-            let error = expand_hostlist(list).unwrap_err();
-            let ControlError::NodeList { position: got, .. } = &error else { panic!("{list}: {error}") };
-            assert_eq!(*got, position, "{list}: {error}");
-            assert!(error.to_string().contains(reason), "{list}: {error}");
-        }
-    }
 
     /// Task 5 of `srun -n 6` over three nodes, in a job of four.
     fn step() -> HashMap<&'static str, &'static str> {
@@ -305,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn only_steps_that_are_no_shell_count() {
+    fn a_step_counts_and_a_shell_is_one_for_tasks_alone() {
         for (change, expected) in [
             (&[("SLURM_JOB_NAME", "bash")][..], true),
             (&[("SLURM_STEP_ID", "")], false),
@@ -323,12 +231,36 @@ mod tests {
             ("SLURM_STEP_TASKS_PER_NODE", "1"),
         ]);
         shell.extend([("SLURM_NODEID", "0"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")]);
-        assert_eq!(parse(&shell).unwrap().unwrap().num_tasks, 1);
-        for name in ["bash", "interactive"] {
+        for (name, expected) in [("finetune", false), ("bash", true), ("interactive", true)] {
             shell.insert("SLURM_JOB_NAME", name);
-            assert_eq!(parse(&shell).unwrap(), None, "{name}");
+            // A task all the same: `salloc`, then `srun -n1 fsdp-train`.
+            let slurm = parse(&shell).unwrap().unwrap();
+            assert_eq!((slurm.num_tasks, slurm.is_shell(&|_| Some(name.to_owned()))), (1, expected), "{name}");
         }
         assert_eq!(parse(&HashMap::new()).unwrap(), None);
+    }
+
+    #[test]
+    fn the_variables_of_another_step_in_a_batch_script_do_not_count() {
+        // What srun of SLURM 22.05 sets in a task of `-n 3` in a job of four, and what a batch script has that was
+        // submitted from such a task.
+        let of_step = [("SLURM_NTASKS", "6"), ("SLURM_NNODES", "3"), ("SLURM_TASKS_PER_NODE", "2,1,3")];
+        let of_script = [("SLURM_NODEID", "0"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")];
+        for (change, expected) in [
+            (&[][..], true),
+            (&[("SLURM_NTASKS", "8")], false),
+            (&[("SLURM_NNODES", "1")], false),
+            // Without --ntasks, the inherited number stays.
+            (&[("SLURM_TASKS_PER_NODE", "1")], false),
+            (&[("SLURM_JOB_NODELIST", "n[02-03],m04")], false),
+            (&[("SLURM_JOB_NODELIST", "n[02-04]")], true),
+        ] {
+            let mut vars = step();
+            vars.extend(of_step);
+            vars.extend(of_script);
+            vars.extend(change.iter().copied());
+            assert_eq!(parse(&vars).unwrap().is_some(), expected, "{change:?}");
+        }
     }
 
     #[test]
@@ -343,6 +275,9 @@ mod tests {
             ("SLURM_STEP_TASKS_PER_NODE", "2,0,4", "such as 4(x2) or 3,1"),
             ("SLURM_STEP_TASKS_PER_NODE", "1(x99999999999)", "such as 4(x2) or 3,1"),
             ("SLURM_STEP_ID", "x", "a whole number"),
+            ("SLURM_STEP_NUM_NODES", "x", "a whole number from 1"),
+            ("SLURM_STEP_NUM_NODES", "0", "a whole number from 1"),
+            ("SLURM_STEP_NUM_TASKS", "0", "a whole number from 1"),
             ("SLURM_JOB_ID", "-1", "a whole number"),
         ] {
             let mut vars = step();

@@ -160,6 +160,31 @@ fn dropping_the_server_ends_clients_that_wait() {
     assert!(start.elapsed() < Duration::from_secs(2));
 }
 
+/// The server here is a bare socket, which answers the first request after the client has given up on it.
+#[test]
+fn a_late_reply_is_not_taken_for_that_of_a_later_request() {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let answering = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = [0; 7 + 3 + 8]; // head, key, time to wait
+        stream.read_exact(&mut request).unwrap();
+        std::thread::sleep(3 * SHORT);
+        stream.write_all(&[0, 4, 0, 0, 0, b'l', b'a', b't', b'e']).unwrap();
+        stream.read(&mut request).unwrap_or(0) // until the client goes
+    });
+    let mut store = Store::connect(("127.0.0.1", port), LONG).unwrap().with_reply_slack(SHORT);
+    let start = Instant::now();
+    let error = store.get("one", SHORT).unwrap_err();
+    assert!(error.to_string().ends_with("no reply within 200ms"), "{error}");
+    assert!((2 * SHORT..10 * SHORT).contains(&start.elapsed()), "took {:?}", start.elapsed());
+    std::thread::sleep(5 * SHORT);
+    let error = store.get("two", SHORT).unwrap_err();
+    assert!(matches!(error, ControlError::StoreLost { .. }), "{error}");
+    drop(store);
+    assert_eq!(answering.join().unwrap(), 0, "no second request was sent");
+}
+
 #[test]
 fn lengths_are_bounded_on_both_sides() {
     let server = server();

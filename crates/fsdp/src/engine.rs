@@ -1,7 +1,7 @@
 //! One rank's engine: executes a step program on tensors.
 //!
 //! The host walks the program and gives work to the device; it waits only where a collective of a host back end does, and
-//! in [`Engine::finish_step`]. What a step decides (clip factor, whether to update, loss scale) stays on the device, so a
+//! in [`Engine::finish_step`], and shortly for NCCL to take a collective. What a step decides (clip factor, whether to update, loss scale) stays on the device, so a
 //! step may be started before the host has read what became of the last one.
 
 use std::rc::Rc;
@@ -53,7 +53,7 @@ pub struct StepReport {
     pub skipped: bool,
     /// Some rank asked to stop after this step.
     pub stop: bool,
-    /// Time in which this rank waited for, or executed, collectives.
+    /// Time in which this rank's host waited for, or executed, collectives; on GPUs it only gives them to the device.
     pub comm_time: Duration,
     /// The most memory that a rank has had so far; the largest over ranks.
     pub peak_memory_bytes: u64,
@@ -175,6 +175,7 @@ impl Engine {
             )?);
         }
 
+        groups.warm_up()?;
         let grad_parts = GradParts::new(&pieces, &optimizer.grad_shards)?;
         let arch = &plan.arch;
         let blocks = (0..arch.num_layers).map(|i| Block::new(arch, i, config.seq_len)).collect();
@@ -235,6 +236,7 @@ impl Engine {
     /// The step had no valid token, or something was not finite: it has changed nothing, and neither has any later one.
     pub fn finish_step(&mut self, step: StartedStep) -> Result<StepReport, EngineError> {
         step.done.synchronize()?;
+        self.groups.check()?;
         let verdict = Vec::<f64>::try_from(&step.verdict)?;
         let &[loss, grad_norm, num_tokens, num_stops, scale, peak_memory_bytes] = verdict.as_slice() else {
             unreachable!("a verdict has six numbers");
@@ -283,6 +285,7 @@ impl Engine {
         let sums = Tensor::f_stack(&[&pass.loss_sum, &tokens], 0)?;
         self.groups.world().all_reduce(&sums, ReduceOp::Sum)?;
         let sums = Vec::<f64>::try_from(sums)?;
+        self.groups.check()?;
         Ok((sums[0], sums[1] as u64))
     }
 
@@ -387,25 +390,20 @@ impl Engine {
             self.write_and_start_all_gather(first)?;
         }
         self.groups.shards().wait_all_gather(&mut self.slots[self.plan.slots.slot_of_unit[unit]])?;
-        if self.device == Device::Cpu {
-            self.close_span(Lane::Gather, unit)?;
-        }
-        Ok(())
+        self.close_span(Lane::Gather, unit)
     }
 
     /// Casts this rank's shard into its range of the slot, which all ranks have released, and starts the all-gather.
     fn write_and_start_all_gather(&mut self, unit: UnitId) -> Result<(), EngineError> {
         let pg = self.groups.shards();
-        let _on = pg.enter_gather_stream()?;
+        let on_lane = pg.enter_gather_stream()?;
         let state = &mut self.units[unit];
         if let Some(timeline) = &mut self.timeline {
             timeline.open(Lane::Gather, &state.name)?;
         }
         state.write_and_start_all_gather(pg, &mut self.slots[self.plan.slots.slot_of_unit[unit]])?;
-        if self.device != Device::Cpu {
-            self.close_span(Lane::Gather, unit)?;
-        }
-        Ok(())
+        // Without a lane of its own the collective is done when it was waited for.
+        if on_lane.is_some() { self.close_span(Lane::Gather, unit) } else { Ok(()) }
     }
 
     fn start_reduce(&mut self, unit: UnitId) -> Result<(), EngineError> {
@@ -415,32 +413,31 @@ impl Engine {
         }
         let pg = self.groups.shards();
         state.start_reduce(pg, &mut self.grad_buffers[self.plan.slots.grad_of_unit[unit]])?;
-        if self.device != Device::Cpu {
-            let _on = self.groups.shards().enter_gather_stream()?;
-            self.close_span(Lane::Reduce, unit)?;
-        }
-        Ok(())
+        let on_lane = self.groups.shards().enter_gather_stream()?;
+        if on_lane.is_some() { self.close_span(Lane::Reduce, unit) } else { Ok(()) }
     }
 
     fn wait_reduce(&mut self, unit: UnitId, accumulate: bool) -> Result<(), EngineError> {
         let buffer = &mut self.grad_buffers[self.plan.slots.grad_of_unit[unit]];
         self.units[unit].wait_reduce(self.groups.shards(), buffer, accumulate)?;
-        if self.device == Device::Cpu {
-            self.close_span(Lane::Reduce, unit)?;
-        }
-        Ok(())
+        self.close_span(Lane::Reduce, unit)
     }
 
     fn start_all_reduce(&mut self, unit: UnitId) -> Result<(), EngineError> {
+        if let Some(timeline) = &mut self.timeline {
+            timeline.open(Lane::Reduce, &self.units[unit].name)?;
+        }
         let replicas = self.groups.replicas().expect("only programs with replicas sum over them");
         self.replica_sums[unit] = Some(replicas.start_all_reduce(&self.units[unit].grad_shards, ReduceOp::Sum)?);
-        Ok(())
+        let on_lane = replicas.enter_gather_stream()?;
+        if on_lane.is_some() { self.close_span(Lane::Reduce, unit) } else { Ok(()) }
     }
 
     fn wait_all_reduce(&mut self, unit: UnitId) -> Result<(), EngineError> {
         let work = self.replica_sums[unit].take().expect("a sum is started before it is waited for");
         let replicas = self.groups.replicas().expect("only programs with replicas sum over them");
-        Ok(replicas.wait(work)?)
+        replicas.wait(work)?;
+        self.close_span(Lane::Reduce, unit)
     }
 
     /// Counts the valid tokens of all ranks, and the ranks that want to stop: f64 `[]`.

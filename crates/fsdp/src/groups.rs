@@ -38,6 +38,15 @@ impl Groups {
         Ok(Groups { world, mesh: Some(Mesh { shards, replicas }) })
     }
 
+    /// Lets each group carry something, so that what a back end allocates at its first use is there before training.
+    pub fn warm_up(&mut self) -> Result<(), CommError> {
+        self.world.barrier()?;
+        match &mut self.mesh {
+            Some(mesh) => mesh.shards.barrier().and_then(|()| mesh.replicas.barrier()),
+            None => Ok(()),
+        }
+    }
+
     pub fn world(&mut self) -> &mut ProcessGroup {
         &mut self.world
     }
@@ -48,6 +57,11 @@ impl Groups {
             Some(mesh) => &mut mesh.shards,
             None => &mut self.world,
         }
+    }
+
+    /// Whether the device's results can be trusted: a back end that gave up lets the device go on as if all were done.
+    pub fn check(&self) -> Result<(), CommError> {
+        self.world.check()
     }
 
     /// Ends all groups in good order. All ranks call it when the run has succeeded.

@@ -18,6 +18,8 @@ pub enum NonFinite {
     Output { rank: usize, unit: String },
     /// Only gradients are not finite; the one of the unit nearest to the loss is named.
     Gradient { rank: usize, unit: String, param: String },
+    /// Computed again over the same weights and tokens, all is finite; or with fp16 at its last loss scale.
+    Gone,
 }
 
 impl fmt::Display for NonFinite {
@@ -37,6 +39,11 @@ impl fmt::Display for NonFinite {
             NonFinite::Gradient { rank, unit, param } => {
                 write!(f, "gradient is not finite: rank {rank}, unit {unit}, parameter {param}")
             }
+            NonFinite::Gone => write!(
+                f,
+                "a gradient was not finite, and is finite when it is computed again: with fp16 the loss scale is at its \
+                 end (use bf16); else a device computes wrongly"
+            ),
         }
     }
 }
@@ -72,8 +79,10 @@ impl Engine {
         let _ = self.backward_pass(&mut pass, false)?;
         let bad_grad = self.grad_parts.last_non_finite()?;
         let found = self.first_over_ranks(place(self, bad_grad), true)?;
-        let (rank, unit, param) = name(self, found.expect("the same step over the same weights is not finite again"));
-        Ok(NonFinite::Gradient { rank, unit, param })
+        Ok(found.map_or(NonFinite::Gone, |found| {
+            let (rank, unit, param) = name(self, found);
+            NonFinite::Gradient { rank, unit, param }
+        }))
     }
 
     /// (unit, index of the parameter in it) of a piece.

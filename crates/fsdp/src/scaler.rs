@@ -52,6 +52,11 @@ impl DeviceScaler {
         Ok(())
     }
 
+    /// Whether the next overflow leaves no scale: f32 `[]`, 0 or 1.
+    pub fn is_at_end(&self) -> Result<Tensor, EngineError> {
+        Ok(self.scale.f_lt(MIN_SCALE / BACKOFF_FACTOR)?.f_to_kind(Kind::Float)?)
+    }
+
     /// Waits for the device.
     pub fn read(&self) -> Result<LossScaler, EngineError> {
         let good_steps = self.good_steps.f_int64_value(&[])? as u64;
@@ -72,7 +77,10 @@ mod tests {
         scaler.update(&good).unwrap();
         assert_eq!(scaler.read().unwrap(), LossScaler { scale: 2.0 * INITIAL_SCALE, good_steps: 0 });
         scaler.update(&good).unwrap();
-        (0..17).for_each(|_| scaler.update(&bad).unwrap());
+        (0..16).for_each(|_| scaler.update(&bad).unwrap());
+        assert_eq!(scaler.is_at_end().unwrap().double_value(&[]), 0.0);
+        scaler.update(&bad).unwrap();
+        assert_eq!(scaler.is_at_end().unwrap().double_value(&[]), 1.0);
         assert_eq!(scaler.read().unwrap(), LossScaler { scale: MIN_SCALE, good_steps: 0 }); // 2^17 -> 1
     }
 }

@@ -145,10 +145,10 @@ impl Engine {
     }
 
     fn synchronize(&self) -> Result<(), EngineError> {
-        match self.device {
-            Device::Cpu => Ok(()),
-            device => Ok(ext::accelerator::synchronize(device)?),
+        if self.device != Device::Cpu {
+            ext::accelerator::synchronize(self.device)?;
         }
+        Ok(self.groups.check()?)
     }
 
     /// Optimizer steps taken, and the loss scaler: what a checkpoint holds besides the flat state. Waits for the device.

@@ -95,7 +95,7 @@ impl Timeline {
         }
     }
 
-    /// The spans in order of their ends. Waits for the device.
+    /// The spans, in the order in which the host came to their ends. Waits for the device.
     pub fn finish(self) -> Result<Vec<Span>, TorchError> {
         self.mark()?.synchronize()?;
         let time = |event: &Event| -> Result<f64, TorchError> {

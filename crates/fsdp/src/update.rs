@@ -20,8 +20,12 @@ impl Engine {
         let as_flag = |is_finite: &Tensor| is_finite.f_logical_not()?.f_to_kind(Kind::Float);
         let loss_bad = as_flag(&loss.f_isfinite()?)?;
         let bad = as_flag(&loss.f_isfinite()?.f_logical_and(&grad_norm.f_isfinite()?)?)?;
-        // With fp16 an overflow of gradients is part of the course.
-        self.halted = self.halted.f_maximum(if self.scaler.is_some() { &loss_bad } else { &bad })?;
+        // With fp16 an overflow of gradients is part of the course, as long as the loss scale can fall.
+        let is_fatal = match &self.scaler {
+            Some(scaler) => bad.f_mul(&scaler.is_at_end()?)?.f_maximum(&loss_bad)?,
+            None => bad.shallow_clone(),
+        };
+        self.halted = self.halted.f_maximum(&is_fatal)?;
         let found_inf = bad.f_maximum(&self.halted)?;
         let divisor = match self.config.max_grad_norm {
             Some(max) => clip_divisor(&grad_norm, max)?.f_mul(&loss_scale)?,

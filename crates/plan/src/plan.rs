@@ -72,7 +72,7 @@ impl Plan {
             prefetch: input.prefetch,
             recompute: input.recompute,
             accumulation: input.accumulation,
-            has_replicas: input.strategy.has_replicas(),
+            has_replicas: input.num_replicas > 1,
         };
         let (training, forward_only) = (training(&program), forward_only(&program));
         let mut plan = Plan {

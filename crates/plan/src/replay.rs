@@ -94,6 +94,8 @@ pub fn static_memory(plan: &Plan) -> Memory {
         .flat_map(|l| &l.groups)
         .map(|g| g.shard_numel(plan.num_shards) * g.param_dtype.size_bytes())
         .sum();
+    // Pinned memory comes in powers of two.
+    let host_bytes = if plan.device == DeviceKind::Gpu { fp32_bytes.next_power_of_two() } else { fp32_bytes };
     let chunk_bytes = (shard_elements.min(OFFLOAD_CHUNK_NUMEL) * Dtype::Fp32.size_bytes()) as u64;
     let (master, optimizer, offload_buffers) = match plan.offload {
         Offload::None => (fp32_bytes, 2 * fp32_bytes, 0),
@@ -104,7 +106,7 @@ pub fn static_memory(plan: &Plan) -> Memory {
         master,
         optimizer,
         offload_buffers,
-        offloaded: 3 * fp32_bytes - master - optimizer,
+        offloaded: (3 - (master + optimizer) / fp32_bytes.max(1)) * host_bytes,
         grad_shards: fp32_bytes,
         slots: plan.slots.slot_bytes.iter().sum::<usize>() as u64,
         grad_buffers: plan.slots.grad_bytes.iter().sum::<usize>() as u64,

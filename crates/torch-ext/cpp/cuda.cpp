@@ -174,6 +174,8 @@ FTE_API char* fte_set_deterministic(bool on) {
   return fte::guarded([&] {
     // cuBLAS sums in a fixed order only with a workspace of its own, and libtorch asks for this variable.
     if (on) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+    // Sums inside of NVLink switches have no fixed order; PyTorch's own process group leaves them out as well.
+    if (on) setenv("NCCL_ALGO", "^NVLS", /*overwrite=*/0);
     at::globalContext().setDeterministicAlgorithms(on, /*warn_only=*/false);
     // Libtorch would fill every new tensor as well, a pass over memory.
     at::globalContext().setDeterministicFillUninitializedMemory(false);

@@ -77,8 +77,8 @@ fn text<const N: usize>(chars: &[c_char; N]) -> String {
 }
 
 /// Makes libtorch choose only CUDA algorithms that give the same bits each time; an operation that has none becomes an
-/// error. Call it at the start: it sets `CUBLAS_WORKSPACE_CONFIG`, where that is not set, for the first product to
-/// find. On CPU everything is deterministic without it.
+/// error. Call it at the start: it sets `CUBLAS_WORKSPACE_CONFIG` and `NCCL_ALGO`, where they are not set, for
+/// cuBLAS and NCCL to find. On CPU everything is deterministic without it.
 pub fn set_deterministic(on: bool) -> Result<(), TorchError> {
     // SAFETY: plain data; by the contract above no other thread reads the environment yet.
     check("accelerator::set_deterministic", unsafe { ffi::fte_set_deterministic(on) })

@@ -17,7 +17,7 @@ pub struct AdamW {
 
 /// One AdamW step in place on `params`, `exp_avgs` and `exp_avg_sqs`, as `torch.optim.AdamW(fused=True)`.
 ///
-/// All lists have the same length, and the tensors of one place the same shape, dtype and device, contiguous; all
+/// All lists have the same length, which may be 0, and the tensors of one place the same shape, dtype and device, contiguous; all
 /// tensors of a call are on one device. `steps` holds one-element f32 tensors: the number of this step, from 1; the
 /// caller raises them. With `grad_scale` (one-element f32) gradients are divided by it, and written back so. When
 /// `found_inf` (one-element f32) is 1 nothing changes, without the host looking at it; it must be given, as without it
@@ -64,6 +64,10 @@ pub fn fused_adamw(
         if t.kind() != Kind::Float || t.numel() != 1 || t.device() != device {
             return Err(TorchError::new(OP, format!("{name}: expected one f32 on {device:?}, got {}", describe(t))));
         }
+    }
+    if params.is_empty() {
+        // Libtorch's CUDA kernel reads the first tensor of the lists without a look at their length.
+        return Ok(());
     }
     let (params, grads) = (handles(params), handles(grads));
     let (exp_avgs, exp_avg_sqs, steps) = (handles(exp_avgs), handles(exp_avg_sqs), handles(steps));

@@ -3,11 +3,13 @@
 //! Where `mpirun` or `srun` started the ranks, rank 0 serves the store, reads the config and locks the output folder; the
 //! others get the config from it. All must have been given the same.
 
+use std::io;
+use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use fsdp_config::{Backend, JobConfig};
+use fsdp_config::{Backend, ConfigError, JobConfig};
 use fsdp_control::env::{StartedBy, WorkerEnv};
 use fsdp_control::error_file::{self, ErrorRecord};
 use fsdp_control::lock::Lock;
@@ -18,10 +20,13 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::error::TrainError;
 use crate::trainer::Outcome;
-use crate::verdict::{self, GRACE, Ties};
+use crate::verdict::{self, GRACE, Output, Ties};
 
 /// How long ranks wait for each other before they know the job's own timeout: a scheduler may start them far apart.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long a launcher's store may take to accept: it listens before any rank starts.
+const LAUNCHER_TIMEOUT: Duration = Duration::from_secs(10);
 
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
@@ -76,8 +81,9 @@ impl Run {
                     Some(_) => None,
                     None => {
                         let timeout = Duration::from_secs(config.fsdp.timeout_secs);
-                        let store = Store::connect((&env.master_addr, env.master_port), timeout)?;
-                        Some(Ties::new(store, &env, timeout, Arc::new(config.output.dir.clone().into()))?)
+                        let accepts_within = timeout.min(LAUNCHER_TIMEOUT);
+                        let store = Store::connect((&env.master_addr, env.master_port), accepts_within)?;
+                        Some(Ties::new(store, &env, timeout, Arc::new(Output::of(&config).into()))?)
                     }
                 };
                 Ok(Run { config, env, ties, server: None, _lock: None })
@@ -87,10 +93,8 @@ impl Run {
 
     /// Rank 0 without a launcher.
     fn host(run_id: &str, env: WorkerEnv, config: &Path, sets: &[String]) -> Result<Self, Refused> {
-        let is_one_host = ["127.0.0.1", "::1", "localhost"].contains(&env.master_addr.as_str());
-        let bind_host = if is_one_host { env.master_addr.as_str() } else { "0.0.0.0" };
         // The port is the user's, or can be chosen.
-        let server = StoreServer::bind((bind_host, env.master_port))
+        let server = StoreServer::bind((bind_host(&env.master_addr), env.master_port))
             .map_err(|error| Refused { error: Some(Box::new(error.into())), status: ExitStatus::BadInput })?;
         let mut store = Store::connect((&env.master_addr, env.master_port), START_TIMEOUT)?;
         store.set("run", run_id.as_bytes())?;
@@ -105,7 +109,7 @@ impl Run {
                 return Err(error.into());
             }
         };
-        let mut ties = Ties::new(store, &env, START_TIMEOUT, Arc::new(config.output.dir.clone().into()))?;
+        let mut ties = Ties::new(store, &env, START_TIMEOUT, Arc::new(Output::of(&config).into()))?;
         announce(&mut ties.store, &Announcement::Config { digest, resolved: config.to_toml() })?;
         Run { config, env, ties: Some(ties), server: Some(server), _lock: Some(lock) }.agree(Ok(()))
     }
@@ -114,7 +118,15 @@ impl Run {
     fn follow(run_id: &str, env: WorkerEnv, config: &Path, sets: &[String]) -> Result<Self, Refused> {
         let addr = (env.master_addr.as_str(), env.master_port);
         let mut store = Store::connect(addr, START_TIMEOUT)?;
-        let hosted = store.get("run", START_TIMEOUT)?;
+        // Asked without a wait, who has the port soon shows whether it is a store.
+        let hosted = match store.get("run", Duration::ZERO) {
+            Err(ControlError::KeyTimeout { .. }) => store.get("run", START_TIMEOUT)?,
+            Err(error) if is_foreign(&error) => {
+                let message = format!("{error}; expected the store of rank 0; choose another MASTER_PORT");
+                return Err(TrainError::BadInput(message).into());
+            }
+            result => result?,
+        };
         if hosted != run_id.as_bytes() {
             let (host, port) = addr;
             let got = String::from_utf8_lossy(&hosted).into_owned();
@@ -123,8 +135,8 @@ impl Run {
             ))
             .into());
         }
-        let output_dir = Arc::new(OnceLock::new());
-        let mut ties = Ties::new(store, &env, START_TIMEOUT, Arc::clone(&output_dir))?;
+        let output = Arc::new(OnceLock::new());
+        let mut ties = Ties::new(store, &env, START_TIMEOUT, Arc::clone(&output))?;
         let bytes = ties.store.get("config", START_TIMEOUT)?;
         let announcement: Announcement = serde_json::from_slice(&bytes).map_err(|source| TrainError::Message {
             rank: 0,
@@ -137,7 +149,7 @@ impl Run {
             return Err(Refused { error: None, status: ExitStatus::BadInput });
         };
         let resolved = JobConfig::parse("the config that rank 0 has resolved", &resolved)?;
-        output_dir.set(resolved.output.dir.clone()).expect("set once");
+        output.set(Output::of(&resolved)).expect("set once");
         let same = digest(config, sets).and_then(|got| match got == expected {
             true => Ok(()),
             false => Err(TrainError::BadInput(format!(
@@ -191,7 +203,7 @@ impl Run {
         let Some(server) = &self.server else { return own };
         let patience = if outcome.is_ok() { Duration::from_secs(self.config.fsdp.timeout_secs) } else { GRACE };
         let Some(cause) = verdict::wait_for_others(server, &self.env, patience) else { return own };
-        verdict::report(&cause, self.env.rank, dir);
+        verdict::report(&cause, self.env.rank, &Output::of(&self.config));
         verdict::verdict(&cause, dir)
     }
 }
@@ -278,12 +290,29 @@ fn prepare(path: &Path, sets: &[String]) -> Result<(JobConfig, String, Lock), Tr
 }
 
 fn digest(path: &Path, sets: &[String]) -> Result<String, TrainError> {
-    let mut bytes = std::fs::read(path).map_err(|source| TrainError::Io { path: path.to_owned(), source })?;
+    let mut bytes = std::fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     for set in sets {
         bytes.push(0);
         bytes.extend_from_slice(set.as_bytes());
     }
     Ok(format!("{:032x}", xxh3_128(&bytes)))
+}
+
+/// Whether what was at the other end does not speak the store's language.
+fn is_foreign(error: &ControlError) -> bool {
+    let ControlError::StoreLost { source, .. } = error else { return false };
+    matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::InvalidData)
+}
+
+/// Where rank 0 listens so that all reach `master_addr`: on that itself where it is this host's alone, else on all
+/// addresses of its kind.
+fn bind_host(master_addr: &str) -> &str {
+    if ["127.0.0.1", "::1", "localhost"].contains(&master_addr) {
+        return master_addr;
+    }
+    // What is no address fails to connect, with the reason.
+    let mut addrs = (master_addr, 0).to_socket_addrs().into_iter().flatten();
+    if addrs.next().is_some_and(|addr| addr.is_ipv6()) && addrs.all(|addr| addr.is_ipv6()) { "::" } else { "0.0.0.0" }
 }
 
 fn announce(store: &mut Store, announcement: &Announcement) -> Result<(), ControlError> {
@@ -338,6 +367,20 @@ mod tests {
                 (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{case}: {error}"),
                 (got, _) => panic!("{case}: {got:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn rank_0_listens_on_addresses_of_the_kind_that_others_connect_to() {
+        for (master_addr, expected) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("localhost", "localhost"),
+            ("::1", "::1"),
+            ("10.1.2.3", "0.0.0.0"),
+            ("fd00::1", "::"),
+            ("no name of a host", "0.0.0.0"),
+        ] {
+            assert_eq!(bind_host(master_addr), expected, "{master_addr}");
         }
     }
 

@@ -6,6 +6,7 @@
 //! - [`bootstrap`]: the config in agreement with all ranks; what rank 0 does where no launcher has prepared the run.
 //! - [`verdict`]: how ranks that no launcher watches learn of each other's ends.
 //! - [`trainer`]: the job on one rank, from config to exported model; `Trainer::train_step`.
+//! - [`nodes`]: what ranks compare before they set anything up: devices, sharding, the output folder of all nodes.
 //! - [`device`]: the GPU of a rank, and the cores next to it.
 //! - [`weights`]: first weights from files or at random, and the export.
 //! - [`checkpoints`]: saving, and choosing what to resume from.
@@ -25,6 +26,7 @@ mod device;
 mod error;
 mod metrics;
 mod mfu;
+mod nodes;
 mod step_log;
 mod traces;
 mod trainer;
@@ -33,6 +35,7 @@ mod verdict;
 mod weights;
 
 use std::ffi::OsString;
+use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -48,6 +51,7 @@ use fsdp_control::{ExitStatus, host_name, lifeline};
 use crate::bootstrap::Run;
 use crate::error::{STEP, TrainError};
 use crate::trainer::{Outcome, Trainer};
+use crate::verdict::say;
 
 const USAGE: &str = "usage: fsdp-train CONFIG [--set table.key=value]...
        fsdp-train --features
@@ -56,13 +60,14 @@ One rank of a job; fsdp-launch, mpirun or srun starts it. --features prints the 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     if args == ["--features"] {
-        print!("{}shm\nnccl\n", if cfg!(feature = "mpi") { "mpi\n" } else { "" });
+        // Who reads no further has seen enough.
+        let _ = write!(io::stdout(), "{}shm\nnccl\n", if cfg!(feature = "mpi") { "mpi\n" } else { "" });
         return ExitStatus::Done.into();
     }
     let status = match parse(&args) {
         Some((config, sets)) => run(&config, &sets),
         None => {
-            eprintln!("{USAGE}");
+            say(USAGE);
             ExitStatus::BadInput
         }
     };
@@ -89,7 +94,7 @@ fn run(config: &Path, sets: &[String]) -> ExitStatus {
     let env = match WorkerEnv::from_env() {
         Ok(env) => env,
         Err(error) => {
-            eprintln!("fsdp-train: {error}");
+            say(format_args!("fsdp-train: {error}"));
             return ExitStatus::BadInput;
         }
     };
@@ -105,7 +110,7 @@ fn run(config: &Path, sets: &[String]) -> ExitStatus {
     let (stop, progress) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
-            eprintln!("fsdp-train: {whoami}: {error}");
+            say(format_args!("fsdp-train: {whoami}: {error}"));
             return ExitStatus::Failed;
         }
     };
@@ -113,7 +118,7 @@ fn run(config: &Path, sets: &[String]) -> ExitStatus {
         Ok(run) => run,
         Err(refused) => {
             if let Some(error) = refused.error {
-                eprintln!("fsdp-train: {whoami}: {error}");
+                say(format_args!("fsdp-train: {whoami}: {error}"));
             }
             return refused.status;
         }
@@ -123,7 +128,8 @@ fn run(config: &Path, sets: &[String]) -> ExitStatus {
     if !matches!(status, ExitStatus::Done | ExitStatus::Stopped) {
         fsdp_comm::mpi::abort_job(status.code() as u8);
     }
-    status
+    // All that matters is written, and no destructor of a device's library has anything to add.
+    status.exit_now()
 }
 
 /// Trains, with logs and error records in the output folder.
@@ -137,7 +143,7 @@ fn in_logs(
     if let Err(source) = console::start_logging(&log_dir, env) {
         let error = TrainError::BadInput(format!("{}: cannot write logs: {source}", log_dir.display()));
         let record = error.record(env);
-        eprintln!("fsdp-train: {}", verdict::describe(&record));
+        say(format_args!("fsdp-train: {}", verdict::describe(&record)));
         return Err(Box::new(record));
     }
     record_panics(&log_dir, env);

@@ -23,7 +23,7 @@ pub struct StepLine {
     pub tokens_per_second: f64,
     /// Largest over ranks.
     pub peak_memory_bytes: u64,
-    /// Time in which rank 0 waited for data, and in which it waited for or executed collectives.
+    /// Time in which rank 0 waited for data, and in which its host waited for or executed collectives.
     pub data_time_s: f64,
     pub comm_time_s: f64,
     pub epoch: u64,

@@ -23,6 +23,7 @@ use crate::device;
 use crate::error::{STEP, TrainError};
 use crate::metrics::{StepLines, ValidationLine};
 use crate::mfu;
+use crate::nodes;
 use crate::step_log::{Rates, StepFacts, StepLog};
 use crate::traces::Tracer;
 use crate::validation::Validator;
@@ -82,6 +83,8 @@ impl Trainer {
         let (rank, world_size) = (env.rank, env.world_size);
         let timeout = Duration::from_secs(config.fsdp.timeout_secs);
         let console = Console::new(env, config.metrics.log_every);
+        // Before the process is bound to a part of them.
+        let num_threads = num_threads(env);
         let compute = device::choose(config.fsdp.device, env)?;
         let has_gpu = compute.device != Device::Cpu;
         config.fsdp.device = if has_gpu { config::Device::Cuda } else { config::Device::Cpu };
@@ -94,10 +97,12 @@ impl Trainer {
                 env.local_world_size, compute.num_gpus
             )));
         }
+        let mut store = Store::connect((&env.master_addr, env.master_port), timeout)?;
+        nodes::agree(&mut store, &config, env, &compute)?;
         if config.training.deterministic {
             accelerator::set_deterministic(true)?;
         }
-        tch::set_num_threads(num_threads(env));
+        tch::set_num_threads(num_threads);
 
         console.phase("opening model and data");
         let arch = Architecture::from_config_json(Path::new(&config.model.path))?;
@@ -114,7 +119,6 @@ impl Trainer {
             config::Duration::Epochs(epochs) => epochs.saturating_mul(loader.steps_per_epoch()),
         };
 
-        let mut store = Store::connect((&env.master_addr, env.master_port), timeout)?;
         let watched = progress.clone();
         let world = match config.fsdp.backend {
             Backend::Nccl => {

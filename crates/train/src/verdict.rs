@@ -3,12 +3,15 @@
 //! Each rank holds on to the store ([`Ties`]), publishes its own failure there, and hears of the others'. The first that can
 //! be a cause decides the exit status of all, so that it does not matter whose status a scheduler takes.
 
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use fsdp_checkpoint::sharded;
+use fsdp_config::{JobConfig, Resume};
 use fsdp_control::env::WorkerEnv;
 use fsdp_control::error_file::{self, ErrorKind, ErrorRecord};
 use fsdp_control::lifeline::{self, Loss, StoreLifeline};
@@ -32,14 +35,28 @@ pub struct Ties {
     lifeline: StoreLifeline,
 }
 
+/// The output folder of a run that may fail.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    pub dir: PathBuf,
+    /// The same command goes on from the newest checkpoint.
+    pub resumes: bool,
+}
+
+impl Output {
+    pub fn of(config: &JobConfig) -> Self {
+        Output { dir: config.output.dir.clone(), resumes: config.checkpoint.resume == Resume::Auto }
+    }
+}
+
 impl Ties {
     /// Holds on to `store` from now on: when it is gone, or another rank has failed and this one is still busy after a
-    /// while, this process ends. `output_dir` is where it then leaves its record.
+    /// while, this process ends. `output` is where it then leaves its record, once it is known.
     pub fn new(
         store: Store,
         env: &WorkerEnv,
         timeout: Duration,
-        output_dir: Arc<OnceLock<PathBuf>>,
+        output: Arc<OnceLock<Output>>,
     ) -> Result<Self, ControlError> {
         let (rank, local_rank) = (env.rank, env.local_rank);
         let will = "ended without a word: it was killed, or its host is gone".to_owned();
@@ -58,15 +75,15 @@ impl Ties {
                 }
             };
             let record = peer_lost(rank, local_rank, message);
-            eprintln!("fsdp-train: {}", describe(&record));
-            let Some(dir) = output_dir.get() else { return ExitStatus::Failed };
-            if let Err(error) = error_file::write(&dir.join("logs"), &record) {
-                eprintln!("fsdp-train: {error}");
+            say(format_args!("fsdp-train: {}", describe(&record)));
+            let Some(output) = output.get() else { return ExitStatus::Failed };
+            if let Err(error) = error_file::write(&output.dir.join("logs"), &record) {
+                say(format_args!("fsdp-train: {error}"));
             }
             if let (true, Some(cause)) = (serves_store, &cause) {
-                report(cause, rank, dir);
+                report(cause, rank, output);
             }
-            verdict(&cause.unwrap_or(record), dir)
+            verdict(&cause.unwrap_or(record), &output.dir)
         };
         let lifeline = lifeline::watch_store((&env.master_addr, env.master_port), timeout, grace, &will, on_loss)?;
         Ok(Ties { store, lifeline })
@@ -78,12 +95,13 @@ impl Ties {
     }
 
     /// Publishes this rank's failure and ends the watch; the cause, which has a moment to show.
-    pub fn fail(mut self, record: &ErrorRecord) -> ErrorRecord {
-        // Whoever has lost the store knows of no failure but its own.
-        let _ = failures::publish(&mut self.store, record);
+    pub fn fail(self, record: &ErrorRecord) -> ErrorRecord {
+        // Whoever has lost the store, or finds it suspended, knows of no failure but its own.
+        let mut store = self.store.with_reply_slack(CAUSE_DEADLINE.max(Duration::from_secs(3)));
+        let _ = failures::publish(&mut store, record);
         let start = Instant::now();
         let cause = loop {
-            let records = failures::list(&mut self.store).unwrap_or_default();
+            let records = failures::list(&mut store).unwrap_or_default();
             let cause = failures::first_cause(&records).unwrap_or(record);
             if cause.primary || start.elapsed() >= CAUSE_DEADLINE {
                 break cause.clone();
@@ -115,17 +133,24 @@ pub fn verdict(cause: &ErrorRecord, output_dir: &Path) -> ExitStatus {
 }
 
 /// The last lines on a run that failed, by `rank`, which has said what happened to itself.
-pub fn report(cause: &ErrorRecord, rank: usize, output_dir: &Path) {
+pub fn report(cause: &ErrorRecord, rank: usize, output: &Output) {
     if cause.rank != rank {
-        eprintln!("fsdp-train: the first failure: {}", describe(cause));
+        say(format_args!("fsdp-train: the first failure: {}", describe(cause)));
     }
-    match (verdict(cause, output_dir), newest_checkpoint(output_dir)) {
+    match (verdict(cause, &output.dir), newest_checkpoint(&output.dir)) {
         (ExitStatus::Stopped, Some(path)) => {
-            eprintln!("fsdp-train: {} is committed; the same command goes on from there", path.display());
+            let how =
+                if output.resumes { "the same command goes" } else { "with --set checkpoint.resume=auto it goes" };
+            say(format_args!("fsdp-train: {} is committed; {how} on from there", path.display()));
         }
-        (ExitStatus::Failed, _) => eprintln!("fsdp-train: no checkpoint is committed"),
+        (ExitStatus::Failed, _) => say("fsdp-train: no checkpoint is committed"),
         _ => {}
     }
+}
+
+/// A line on stderr, for whoever still reads it.
+pub fn say(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Who, where, when and why, in one line.

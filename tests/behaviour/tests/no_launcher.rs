@@ -50,10 +50,33 @@ impl<'a> Step<'a> {
 
     /// One more task, of `num_ranks`.
     fn add(&mut self, num_ranks: usize, args: &[&str], vars: &[(&str, &str)]) {
+        self.add_in("", num_ranks, args, vars);
+    }
+
+    /// One more task of several nodes, which have `per_node` tasks, on `node`.
+    fn add_on(&mut self, (node, local): (usize, usize), per_node: &str, dir: &str, args: &[&str]) {
+        let per: Vec<usize> = per_node.split(',').map(|num| num.parse().expect("a number")).collect();
+        let nodes = ["localhost", "other", "third"][..per.len()].join(",");
+        let numbers = [per.len(), node, local].map(|number| number.to_string());
+        let [num_nodes, node, local] = numbers.each_ref().map(String::as_str);
+        let vars = [
+            ("SLURM_STEP_NODELIST", nodes.as_str()),
+            ("SLURM_STEP_NUM_NODES", num_nodes),
+            ("SLURM_STEP_TASKS_PER_NODE", per_node),
+            ("SLURM_NODEID", node),
+            ("SLURM_LOCALID", local),
+        ];
+        // All are one machine, so shared memory reaches all.
+        let args = [&["job.toml", "--set", "fsdp.backend=shm"], args].concat();
+        self.add_in(dir, per.iter().sum(), &args, &vars);
+    }
+
+    /// One more task, started in the folder `dir` of the job.
+    fn add_in(&mut self, dir: &str, num_ranks: usize, args: &[&str], vars: &[(&str, &str)]) {
         let rank = self.ranks.len();
         let output = File::create(self.job.path(&format!("task-{}-{rank}", self.id))).expect("a folder of the test");
         let mut command = Command::new(worker());
-        command.current_dir(self.job.path("")).args(args).env("OMP_NUM_THREADS", "1");
+        command.current_dir(self.job.path(dir)).args(args).env("OMP_NUM_THREADS", "1");
         for (name, value) in [
             ("JOB_ID", self.id.to_string()),
             ("STEP_ID", "0".to_owned()),
@@ -164,11 +187,151 @@ fn a_config_that_differs_between_ranks_is_refused_with_both_digests() {
 }
 
 #[test]
+fn a_config_that_one_rank_does_not_find_is_bad_input() {
+    let job = Job::new();
+    let mut step = Step::new(&job);
+    step.add(2, &["job.toml"], &[]);
+    step.add(2, &["missing.toml"], &[]);
+    assert_eq!(step.wait(), [Some(2); 2], "{}", step.stderr(1));
+    assert!(step.stderr(1).contains("missing.toml: expected a readable TOML config"), "{}", step.stderr(1));
+}
+
+#[test]
+fn a_task_of_an_interactive_job_trains() {
+    let job = Job::new();
+    let mut step = Step::new(&job);
+    step.add(1, &["job.toml"], &[("SLURM_JOB_NAME", "interactive")]);
+    assert_eq!(step.wait(), [Some(0)], "{}", step.stderr(0));
+}
+
+#[test]
+fn nodes_that_do_not_share_the_output_folder_are_refused_before_the_first_step() {
+    let job = Job::new();
+    let absolute = format!("{:?}", job.path("out"));
+    job.replace("job.toml", &absolute, "\"out\"");
+    std::fs::create_dir(job.path("other")).expect("a folder of the test");
+    for name in ["job.toml", "model", "train.jsonl"] {
+        std::os::unix::fs::symlink(job.path(name), job.path("other").join(name)).expect("a folder of the test");
+    }
+    for (dir, expected) in [("other", 2), ("", 0)] {
+        let mut step = Step::new(&job);
+        step.add_on((0, 0), "1,1", "", &["--set", "fsdp.timeout_secs=5"]);
+        step.add_on((1, 0), "1,1", dir, &["--set", "fsdp.timeout_secs=5"]);
+        assert_eq!(step.wait(), [Some(expected); 2], "{}", step.stderr(1));
+        if expected == 2 {
+            let (stderr, path) = (step.stderr(1), job.path("other/out/logs/shared-"));
+            assert!(stderr.contains(&format!("does not see {}", path.display())), "{stderr}");
+            assert!(stderr.contains("on a file system that all nodes share"), "{stderr}");
+            assert!(job.steps().is_empty());
+        }
+    }
+    let logs: Vec<_> = std::fs::read_dir(job.path("out/logs")).expect("logs").flatten().collect();
+    assert!(logs.iter().all(|entry| !entry.file_name().to_string_lossy().contains("shared-")), "{logs:?}");
+}
+
+#[test]
+fn sharding_that_does_not_go_with_the_nodes_is_told() {
+    const HYBRID: &[&str] = &["--set", "fsdp.strategy=hybrid_shard"];
+    let job = Job::new();
+    let mut uneven = Step::new(&job);
+    for place in [(0, 0), (0, 1), (1, 0)] {
+        uneven.add_on(place, "2,1", "", HYBRID);
+    }
+    assert_eq!(uneven.wait(), [Some(2); 3], "{}", uneven.stderr(0));
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").expect("Linux");
+    let host = host.trim();
+    let expected = format!("got 2 on {host}, 1 on {host}; set it to a divisor of the 3 ranks");
+    assert!(uneven.stderr(0).contains(&expected), "{}", uneven.stderr(0));
+
+    // As srun --distribution=cyclic numbers tasks.
+    let mut cyclic = Step::new(&job);
+    for place in [(0, 0), (1, 0), (0, 1), (1, 1)] {
+        cyclic.add_on(place, "2,2", "", HYBRID);
+    }
+    assert_eq!(cyclic.wait(), [Some(0); 4], "{}", cyclic.stderr(0));
+    let stderr = cyclic.stderr(0);
+    assert!(stderr.contains("share the shards of each unit, but not a node") && stderr.contains("=block"), "{stderr}");
+}
+
+#[test]
+fn a_rank_with_a_broken_driver_does_not_fall_to_the_cpu() {
+    if Path::new("/dev/nvidia0").exists() {
+        return println!("skipped: the driver here is whole");
+    }
+    let job = Job::new();
+    let mut step = Step::new(&job);
+    step.add(2, &["job.toml"], &[]);
+    step.add(2, &["job.toml"], &[("CUDA_VISIBLE_DEVICES", "0")]);
+    assert_eq!(step.wait(), [Some(2); 2], "{}", step.stderr(1));
+    assert!(step.stderr(1).contains("CUDA_VISIBLE_DEVICES is \"0\", but "), "{}", step.stderr(1));
+    assert!(step.stderr(0).contains("the first failure: rank 1 (host "), "{}", step.stderr(0));
+}
+
+#[test]
+fn a_port_of_a_program_that_does_not_answer_as_a_store_is_refused() {
+    let job = Job::new();
+    let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    let speaks = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    let ports = [&silent, &speaks].map(|listener| listener.local_addr().expect("bound").port().to_string());
+    let mut steps = ports.each_ref().map(|port| {
+        let mut step = Step::new(&job);
+        for _ in 0..2 {
+            step.add(2, &["job.toml"], &[("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)]);
+        }
+        step
+    });
+    let (mut stream, _) = speaks.accept().expect("rank 1");
+    std::io::Write::write_all(&mut stream, b"SSH-2.0-OpenSSH_9.2\r\n").expect("a reader");
+    for (step, why) in steps.iter_mut().zip(["no reply within 20s", "another program's port"]) {
+        assert_eq!(step.wait(), [Some(2), Some(2)], "{}", step.stderr(1));
+        let stderr = step.stderr(1);
+        assert!(stderr.contains(why) && stderr.contains("choose another MASTER_PORT"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_rank_of_a_launcher_that_is_gone_does_not_wait_for_it() {
+    let job = Job::new();
+    let gone = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port").local_addr().expect("bound");
+    let start = Instant::now();
+    let output = Command::new(worker())
+        .current_dir(job.path(""))
+        .arg("job.toml")
+        // As fsdp-launch --backend mpi has them from mpirun.
+        .envs(
+            ["RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"]
+                .map(|name| (format!("OMPI_COMM_WORLD_{name}"), if name.ends_with("SIZE") { "1" } else { "0" })),
+        )
+        .envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &gone.port().to_string()), ("FSDP_PREPARED", "1")])
+        .output()
+        .expect("fsdp-train");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("no connection to the store") && start.elapsed() < TIMEOUT / 2, "{stderr}");
+}
+
+#[test]
+fn readers_that_are_gone_do_not_change_the_status() {
+    for (args, expected) in [(&["--features"][..], 0), (&[], 2), (&["job.toml"], 2)] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let second = writer.try_clone().expect("a pipe");
+        let status = Command::new(worker()).args(args).stdout(writer).stderr(second).status().expect("fsdp-train");
+        assert_eq!(status.code(), Some(expected), "{args:?}");
+    }
+}
+
+#[test]
 fn a_killed_rank_ends_the_others_and_is_named() {
-    for (every_steps, expected) in [(0, 1), (20, 75)] {
+    for (every_steps, resume, expected, advice) in [
+        (0, "auto", 1, "no checkpoint is committed"),
+        (20, "auto", 75, "the same command goes on"),
+        (20, "never", 75, "with --set checkpoint.resume=auto it goes on"),
+    ] {
         let job = Job::new();
         let every = format!("checkpoint.every_steps={every_steps}");
-        let mut step = Step::start(&job, 3, &[LONG, &["--set", &every]].concat());
+        let resume = format!("checkpoint.resume={resume}");
+        let mut step = Step::start(&job, 3, &[LONG, &["--set", &every, "--set", &resume]].concat());
         step.wait_for_steps(30);
         step.wait_until("checkpoint", |job| every_steps == 0 || !job.checkpoints().is_empty());
         let pid = step.ranks[1].id();
@@ -177,7 +340,6 @@ fn a_killed_rank_ends_the_others_and_is_named() {
         let stderr = step.stderr(0);
         let named = stderr.lines().find(|line| line.contains("the first failure: rank 1 (host ")).unwrap_or_default();
         assert!(named.contains(&format!("pid {pid}")) && named.contains("killed"), "{stderr}");
-        let advice = if expected == 75 { "the same command goes on" } else { "no checkpoint is committed" };
         assert!(stderr.contains(advice), "{stderr}");
         assert!(step.stderr(2).contains("rank 2 (host "), "{}", step.stderr(2));
     }

@@ -8,7 +8,7 @@ use fsdp_control::progress::ProgressHandle;
 use fsdp_control::store::Store;
 use tch::{Kind, Tensor};
 
-use crate::{Call, CommError, ReduceOp, Segment, Work};
+use crate::{CommError, ReduceOp, Segment, Work};
 
 /// There is none: `connect` fails.
 #[derive(Debug)]
@@ -70,10 +70,6 @@ impl MpiGroup {
     }
 
     pub(crate) fn world_size(&self) -> usize {
-        match self.0 {}
-    }
-
-    pub(crate) fn last_call(&self) -> Option<Call> {
         match self.0 {}
     }
 

@@ -1,12 +1,11 @@
 //! One NCCL communicator, and what is under way on it: shared by the rank's thread, which calls, and the watchdog, which
 //! looks on and aborts.
 //!
-//! No call of NCCL blocks: a communicator is made non-blocking, so a call that takes longer says that it is in progress,
-//! and is asked for again and again, each time under the lock. So the watchdog can come in between and abort.
+//! No call of NCCL is to block: a communicator is made non-blocking, so a call that takes longer says that it is in
+//! progress, and is asked for again and again, each time under the lock. So the watchdog can come in between and abort.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use fsdp_torch_ext::{Event, TorchError};
@@ -15,7 +14,7 @@ use tch::Device;
 use super::failure::Failure;
 use super::lane::Lane;
 use super::library::{self, Functions, IN_PROGRESS, Library, REMOTE_ERROR, SUCCESS, Status, ncclComm_t, ncclUniqueId};
-use super::watchdog::{Clock, TICK};
+use super::watchdog::{TICK, Vitals};
 use crate::flight::FlightRecord;
 use crate::{Call, CommError};
 
@@ -33,12 +32,8 @@ pub(super) struct Communicator {
     /// By rank of the communicator, the rank of the run.
     pub members: Vec<usize>,
     pub calls: FlightRecord,
-    clock: Arc<Clock>,
+    vitals: Arc<Vitals>,
     state: Mutex<State>,
-    /// Signalled when the watchdog has found out why it aborted.
-    judged: Condvar,
-    /// The rank's thread has been told of the failure.
-    is_told: AtomicBool,
     in_flight: Mutex<InFlight>,
 }
 
@@ -46,15 +41,8 @@ pub(super) struct Communicator {
 struct State {
     /// `None` once it is aborted or destroyed.
     raw: Option<RawComm>,
-    health: Health,
-}
-
-#[derive(Clone, Debug)]
-enum Health {
-    Well,
-    /// The watchdog aborts it and finds out more; with what the rank's thread has found.
-    Failing(Option<Failure>),
-    Failed(Failure),
+    /// What the rank's thread has found, for the watchdog to act on.
+    found: Option<Failure>,
 }
 
 /// NCCL's handle.
@@ -88,48 +76,53 @@ impl Communicator {
         rank: usize,
         members: Vec<usize>,
         calls: FlightRecord,
-        clock: Arc<Clock>,
+        vitals: Arc<Vitals>,
     ) -> Arc<Self> {
         Arc::new(Communicator {
             library,
             rank,
             members,
             calls,
-            clock,
-            state: Mutex::new(State { raw: Some(raw), health: Health::Well }),
-            judged: Condvar::new(),
-            is_told: AtomicBool::new(false),
+            vitals,
+            state: Mutex::new(State { raw: Some(raw), found: None }),
             in_flight: Mutex::default(),
         })
     }
 
-    /// The failure, once there is one. Waits while the watchdog finds out about it, 3 s at most.
+    /// The failure, once there is one, of whichever group: all are aborted together. Waits while the watchdog finds out more.
     pub fn check(&self) -> Result<(), CommError> {
-        let mut state = self.state();
-        loop {
-            match &state.health {
-                Health::Well => return Ok(()),
-                Health::Failing(_) => state = self.judged.wait(state).expect(NO_PANIC),
-                Health::Failed(failure) => return Err(self.tell(failure)),
-            }
+        if self.state().found.is_none() && !self.vitals.is_ending() {
+            return Ok(());
         }
+        let failure = self.vitals.failure();
+        // The counters show where this rank was.
+        if let (Some(progress), Some(call)) = (self.calls.progress(), failure.call()) {
+            progress.enter(call.op, call.seq, &call.unit);
+        }
+        Err(failure.to_error(self.rank))
+    }
+
+    /// A collective begins, and is watched from now on; see [`Self::is_issued`].
+    pub fn begin(&self, call: &Call) -> Result<(), CommError> {
+        self.check()?;
+        self.in_flight().queue.push_back(Issued { call: call.clone(), since: self.vitals.now(), done: None });
+        Ok(())
     }
 
     /// Makes a collective (or another call of NCCL, `name`), and returns when NCCL has put all of it into its lane, so that
-    /// marks come after it. `make` gives the status of its last call. It is watched from now on; see [`Self::is_issued`].
+    /// marks come after it. `make` gives the status of its last call.
     pub fn make(
         &self,
         name: &'static str,
         call: &Call,
         make: impl FnOnce(&Functions, ncclComm_t) -> Status,
     ) -> Result<(), CommError> {
-        self.check()?;
-        self.in_flight().queue.push_back(Issued { call: call.clone(), since: self.clock.now(), done: None });
+        self.begin(call)?;
         let mut num_polls = 0;
         let mut make = Some(make);
         loop {
             let mut state = self.state();
-            let (Health::Well, Some(RawComm(raw))) = (&state.health, &state.raw) else {
+            let (None, Some(RawComm(raw))) = (&state.found, &state.raw) else {
                 drop(state);
                 return Err(self.check().expect_err("it is closed or failed, and nobody calls a closed one"));
             };
@@ -145,8 +138,7 @@ impl Communicator {
                 _ => {
                     let message = format!("{name}: {}", self.library.text(status, Some(raw)));
                     let is_remote = status == REMOTE_ERROR;
-                    let found = Failure::Nccl { message, is_remote, call: Some(call.clone()) };
-                    state.health = Health::Failing(Some(found)); // the watchdog tells the others
+                    state.found = Some(Failure::Nccl { message, is_remote, call: Some(call.clone()) });
                     continue;
                 }
             }
@@ -174,13 +166,13 @@ impl Communicator {
 
     /// The last collective is in the lane: from now on its end is looked for there.
     pub fn is_issued(&self, lane: &Lane, device: Device) -> Result<(), TorchError> {
-        let mut in_flight = self.in_flight();
-        let mut event = match in_flight.spare.pop() {
+        let spare = self.in_flight().spare.pop();
+        let mut event = match spare {
             Some(event) => event,
             None => Event::new(device)?,
         };
-        event.record(lane.stream())?;
-        in_flight.queue.back_mut().expect("it was just issued").done = Some(event);
+        event.record(lane.stream())?; // not under the lock: it waits where the lane is full
+        self.in_flight().queue.back_mut().expect("it was just issued").done = Some(event);
         Ok(())
     }
 
@@ -209,9 +201,9 @@ impl Communicator {
         self.forget_last();
         // SAFETY: NCCL has written it: the parent is no more in progress.
         let raw = RawComm(unsafe { place.read() });
-        wait_until_ready(self.library, raw, limit).map_err(|message| CommError::Nccl {
+        wait_until_ready(self.library, raw, limit).map_err(|why| CommError::Nccl {
             rank: self.rank,
-            message: format!("ncclCommSplit: {message}"),
+            message: format!("ncclCommSplit: {why}"),
             is_remote: false,
             call: Some(call.clone()),
         })
@@ -228,22 +220,20 @@ impl Communicator {
         };
         // Whoever holds it is in a call of NCCL and will see the error itself; if it stays there, time runs out below.
         if let Ok(state) = self.state.try_lock() {
-            match (&state.health, &state.raw) {
-                (Health::Failing(Some(found)), _) => return Some(found.clone()),
-                (Health::Well, Some(RawComm(raw))) => {
-                    let status = status_of(self.library, *raw);
-                    if status != SUCCESS && status != IN_PROGRESS {
-                        let message = self.library.text(status, Some(*raw));
-                        let is_remote = status == REMOTE_ERROR;
-                        return Some(Failure::Nccl { message, is_remote, call: oldest.map(|(call, _)| call) });
-                    }
-                }
-                _ => return None,
+            if state.found.is_some() {
+                return state.found.clone();
+            }
+            let raw = state.raw.as_ref()?.0;
+            let status = status_of(self.library, raw);
+            if status != SUCCESS && status != IN_PROGRESS {
+                let message = self.library.text(status, Some(raw));
+                let is_remote = status == REMOTE_ERROR;
+                return Some(Failure::Nccl { message, is_remote, call: oldest.map(|(call, _)| call) });
             }
         }
         let (call, since) = oldest?;
         // The clock goes by ticks: it was up to one later when the collective was issued.
-        let waited = (self.clock.now() - since).saturating_sub(TICK);
+        let waited = (self.vitals.now() - since).saturating_sub(TICK);
         (waited >= timeout).then_some(Failure::Timeout { missing: Vec::new(), waited, call })
     }
 
@@ -265,37 +255,13 @@ impl Communicator {
         self.in_flight().queue.front().map(|issued| issued.call.clone())
     }
 
-    /// Takes the handle, to abort it. Calls wait from now on for [`Self::set_failure`]. `None`: a call of NCCL does not come
-    /// back.
+    /// Takes the handle, to abort it; [`Vitals::is_ending`] by then. `None`: a call of NCCL does not come back.
     pub fn seize(&self) -> Option<Option<RawComm>> {
-        let mut state = self.state.try_lock().ok()?;
-        if matches!(state.health, Health::Well) {
-            state.health = Health::Failing(None);
-        }
-        Some(state.raw.take())
+        Some(self.state.try_lock().ok()?.raw.take())
     }
 
-    /// Why it was aborted.
-    pub fn set_failure(&self, failure: Failure) {
-        self.state().health = Health::Failed(failure);
-        self.judged.notify_all();
-    }
-
-    /// Whether the rank's thread knows of the failure.
-    pub fn is_told(&self) -> bool {
-        self.is_told.load(Ordering::Relaxed)
-    }
-
-    fn tell(&self, failure: &Failure) -> CommError {
-        self.is_told.store(true, Ordering::Relaxed);
-        // The counters show where this rank was.
-        if let (Some(progress), Some(call)) = (self.calls.progress(), failure.call()) {
-            progress.enter(call.op, call.seq, &call.unit);
-        }
-        failure.to_error(self.rank)
-    }
-
-    /// Ends it: in good order if all that `lane` holds is done, else by an abort.
+    /// Ends it: in good order if all that `lane` holds is done, else by an abort. What was computed is there already, so
+    /// goodbyes that take too long are only a warning.
     pub fn close(&self, lane: &Lane) -> Result<(), CommError> {
         let Some(raw) = self.state().raw.take() else { return Ok(()) };
         let nccl = &self.library.functions;
@@ -306,13 +272,25 @@ impl Communicator {
                 let status = (nccl.ncclCommFinalize)(raw.0);
                 let finalized = match status {
                     SUCCESS | IN_PROGRESS => wait_until_ready(self.library, raw, CLOSE_LIMIT),
-                    _ => Err(self.library.text(status, Some(raw.0))).inspect_err(|_| abort(self.library, raw)),
+                    _ => {
+                        let message = self.library.text(status, Some(raw.0));
+                        abort(self.library, raw);
+                        Err(NotReady::Failed(message))
+                    }
                 };
-                let raw = finalized.map_err(|message| {
-                    let message = format!("ncclCommFinalize: {message}");
-                    CommError::Nccl { rank: self.rank, message, is_remote: false, call: None }
-                })?;
-                (nccl.ncclCommDestroy)(raw.0);
+                match finalized {
+                    Ok(raw) => _ = (nccl.ncclCommDestroy)(raw.0),
+                    Err(why @ NotReady::Late(_)) => {
+                        tracing::warn!(
+                            "rank {}: NCCL: ncclCommFinalize: {why}; its communicator is aborted",
+                            self.rank
+                        );
+                    }
+                    Err(NotReady::Failed(message)) => {
+                        let message = format!("ncclCommFinalize: {message}");
+                        return Err(CommError::Nccl { rank: self.rank, message, is_remote: false, call: None });
+                    }
+                }
             } else {
                 abort(self.library, raw);
             }
@@ -355,26 +333,36 @@ pub(super) fn init(
     let raw = RawComm(unsafe { place.read() });
     match status {
         SUCCESS | IN_PROGRESS if !raw.0.is_null() => wait_until_ready(library, raw, limit),
-        _ => Err(library.text(status, None)),
+        _ => Err(NotReady::Failed(library.text(status, None))),
     }
-    .map_err(|message| format!("ncclCommInitRankConfig: {message}"))
+    .map_err(|why| format!("ncclCommInitRankConfig: {why}"))
+}
+
+/// Why a communicator is not ready, and is aborted.
+#[derive(Debug, thiserror::Error)]
+enum NotReady {
+    #[error("not done within {:.1} s", .0.as_secs_f64())]
+    Late(Duration),
+    /// NCCL's own text.
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// Waits until a communicator has nothing in progress. It is aborted when it has failed, or is not ready in time.
-fn wait_until_ready(library: &'static Library, raw: RawComm, limit: Duration) -> Result<RawComm, String> {
+fn wait_until_ready(library: &'static Library, raw: RawComm, limit: Duration) -> Result<RawComm, NotReady> {
     let start = Instant::now();
     loop {
-        let message = match status_of(library, raw.0) {
+        let why = match status_of(library, raw.0) {
             SUCCESS => return Ok(raw),
             IN_PROGRESS if start.elapsed() < limit => {
                 std::thread::sleep(PAUSE);
                 continue;
             }
-            IN_PROGRESS => format!("not done within {:.1} s", limit.as_secs_f64()),
-            status => library.text(status, Some(raw.0)),
+            IN_PROGRESS => NotReady::Late(limit),
+            status => NotReady::Failed(library.text(status, Some(raw.0))),
         };
         abort(library, raw);
-        return Err(message);
+        return Err(why);
     }
 }
 

@@ -1,24 +1,12 @@
-//! Why a communicator was aborted, and what ranks tell each other about it through the store: NCCL itself cannot say who
-//! is missing.
-//!
-//! The first rank whose watchdog aborts is the *judge* of the run's end. Each rank reports what it has called last and what
-//! it waits for; the judge collects the reports of all ranks that still answer and publishes them together, and each rank
-//! reads from them who is behind.
+//! Why a communicator was aborted, and how ranks' reports of where they were tell it: NCCL itself cannot say who is missing.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use fsdp_control::ControlError;
 use fsdp_control::progress::Op;
-use fsdp_control::store::Store;
 use serde_json::{Value, json};
 
 use crate::sum::{kind_code, kind_from_code};
 use crate::{Call, CommError, Phase};
-
-/// How long the judge collects, and how long the others wait for it.
-const COLLECT_LIMIT: Duration = Duration::from_secs(2);
-const WAIT_LIMIT: Duration = Duration::from_millis(2500);
-const ASK_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Debug)]
 pub(super) enum Failure {
@@ -84,7 +72,7 @@ pub(super) struct Report {
 
 /// By rank; `None` = it did not answer.
 #[derive(Debug)]
-pub(super) struct Reports(Vec<Option<Report>>);
+pub(super) struct Reports(pub Vec<Option<Report>>);
 
 impl Reports {
     fn of(&self, rank: usize) -> Option<&Report> {
@@ -92,91 +80,12 @@ impl Reports {
     }
 }
 
-/// Where the ranks of one run tell each other of its end.
-#[derive(Debug)]
-pub(super) struct Board {
-    store: Store,
-    /// Of all its keys.
-    prefix: String,
-    rank: usize,
-    world_size: usize,
-}
-
-impl Board {
-    /// A connection of its own to `store`, since the rank's thread may be inside of a call.
-    pub fn new(store: &mut Store, prefix: String, rank: usize, world_size: usize) -> Result<Self, ControlError> {
-        let (host, port) = store.addr().rsplit_once(':').expect("an address has a port");
-        let port = port.parse().expect("a port is a number");
-        let store = Store::connect((host, port), WAIT_LIMIT)?;
-        Ok(Board { store, prefix, rank, world_size })
-    }
-
-    /// The rank that has given up, if one has.
-    pub fn who_gave_up(&mut self) -> Option<usize> {
-        self.get("judge", Duration::ZERO)?.as_u64().map(|rank| rank as usize)
-    }
-
-    /// Reports, and tells the others that this rank has given up. Whether it is the first.
-    pub fn give_up(&mut self, report: &Report) -> bool {
-        self.report(report);
-        let is_first = self.store.add(&format!("{}/gave-up", self.prefix), 1).is_ok_and(|count| count == 1);
-        if is_first {
-            self.set("judge", &json!(self.rank));
-        }
-        is_first
-    }
-
-    /// Gives up, and gives what all have reported; what could not be found out is missing.
-    pub fn exchange(&mut self, report: &Report) -> Reports {
-        if self.give_up(report) {
-            let reports = self.collect();
-            self.set(
-                "reports",
-                &Value::Array(reports.iter().map(|r| r.as_ref().map(Report::to_json).into()).collect()),
-            );
-            return Reports(reports);
-        }
-        let reports = self.get("reports", WAIT_LIMIT);
-        let reports = reports.as_ref().and_then(Value::as_array).map(|all| all.iter().map(Report::from_json).collect());
-        Reports(reports.unwrap_or_default())
-    }
-
-    pub fn report(&mut self, report: &Report) {
-        self.set(&format!("rank-{}", self.rank), &report.to_json());
-    }
-
-    /// The reports of all ranks; of those that come in time.
-    fn collect(&mut self) -> Vec<Option<Report>> {
-        let start = Instant::now();
-        let mut reports = vec![None; self.world_size];
-        loop {
-            for (rank, report) in reports.iter_mut().enumerate().filter(|(_, report)| report.is_none()) {
-                *report = self.get(&format!("rank-{rank}"), Duration::ZERO).as_ref().and_then(Report::from_json);
-            }
-            if reports.iter().all(Option::is_some) || start.elapsed() >= COLLECT_LIMIT {
-                return reports;
-            }
-            std::thread::sleep(ASK_EVERY);
-        }
-    }
-
-    /// A store that is gone has nothing to tell: the launcher that held it ends the ranks by other ways.
-    fn set(&mut self, key: &str, value: &Value) {
-        let _ = self.store.set(&format!("{}/{key}", self.prefix), value.to_string().as_bytes());
-    }
-
-    fn get(&mut self, key: &str, timeout: Duration) -> Option<Value> {
-        let bytes = self.store.get(&format!("{}/{key}", self.prefix), timeout).ok()?;
-        serde_json::from_slice(&bytes).ok()
-    }
-}
-
 impl Report {
-    fn to_json(&self) -> Value {
+    pub fn to_json(&self) -> Value {
         json!({ "last": self.last.as_ref().map(call_to_json), "oldest": self.oldest.as_ref().map(call_to_json) })
     }
 
-    fn from_json(value: &Value) -> Option<Report> {
+    pub fn from_json(value: &Value) -> Option<Report> {
         let call = |key: &str| value.get(key).and_then(call_from_json);
         value.is_object().then(|| Report { last: call("last"), oldest: call("oldest") })
     }

@@ -95,6 +95,7 @@ impl NcclGroup {
     fn issue_all_gather(&mut self, out: &Tensor, input: &Tensor, call: &Call) -> Result<(), CommError> {
         let (from, to): (*const c_void, _) = (input.data_ptr(), out.data_ptr());
         let (numel, kind) = (input.numel(), nccl_kind(input.kind()));
+        self.copy_alone(out, input)?;
         self.issue("ncclAllGather", call, |nccl, raw, stream| {
             // SAFETY: as in `start_all_reduce`, for both tensors.
             unsafe { (nccl.ncclAllGather)(from, to, numel, kind, raw, stream) }
@@ -108,6 +109,7 @@ impl NcclGroup {
         let (from, to): (*const c_void, _) = (input.data_ptr(), out.data_ptr());
         let (numel, kind) = (out.numel(), nccl_kind(out.kind()));
         self.lane.follow_current(&mut self.passing)?;
+        self.copy_alone(out, input)?;
         self.issue("ncclReduceScatter", &call, |nccl, raw, stream| {
             // SAFETY: as in `start_all_reduce`, for both tensors.
             unsafe { (nccl.ncclReduceScatter)(from, to, numel, kind, ncclRedOp_t::ncclSum, raw, stream) }
@@ -116,7 +118,7 @@ impl NcclGroup {
         self.wait_work(work)
     }
 
-    /// The only call in which the host waits.
+    /// The only call in which the host waits for the device.
     pub(crate) fn barrier(&mut self) -> Result<(), CommError> {
         let call = self.calls.start(Op::Barrier, None, 0, 0, "");
         let data = self.barrier.data_ptr();

@@ -2,40 +2,70 @@
 //! collective is not done in time, it aborts all communicators, so that the device and the rank's thread come back, finds
 //! out who is missing, and leaves the error for the next call. A rank's thread that does not come back is ended with the
 //! process.
+//!
+//! Nothing here waits for the store, which may not answer: see `board.rs`. So a rank is told, or gone, within 5 s after the
+//! timeout.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use fsdp_control::ControlError;
 
+use super::board::{Board, Say};
 use super::communicator::{self, Communicator};
-use super::failure::{Board, Failure, Report};
+use super::failure::{Failure, Report};
 use crate::Call;
 
 pub(super) const TICK: Duration = Duration::from_millis(100);
-/// How often it looks whether another rank has given up.
-const ASK_EVERY: Duration = Duration::from_secs(1);
-/// How long the rank's thread may take to come back after an abort.
-const COME_BACK_LIMIT: Duration = Duration::from_secs(5);
+/// How long the rank's thread may take to come back after a failure was noticed: with the ticks, 5 s after the timeout.
+const COME_BACK_LIMIT: Duration = Duration::from_millis(4500);
+/// How long of that the other ranks' reports may take.
+const BOARD_LIMIT: Duration = Duration::from_millis(3500);
 
 /// Looks after the groups that were split from one, as long as one of them lives.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     timeout: Duration,
-    clock: Arc<Clock>,
+    vitals: Arc<Vitals>,
     groups: Mutex<Vec<Weak<Communicator>>>,
 }
 
-/// Time in which this process runs: while it is stopped as a whole, as when its job is suspended, this clock stands.
+/// What the watchdog tells its groups.
 #[derive(Debug, Default)]
-pub(super) struct Clock {
+pub(super) struct Vitals {
+    /// Time in which this process runs: while it is stopped as a whole, as when its job is suspended, this clock stands.
     micros: AtomicU64,
+    /// Groups are about to be aborted. Known before the first one is: from then on none trusts the device.
+    is_ending: AtomicBool,
+    /// Why, once that is found out.
+    failure: Mutex<Option<Failure>>,
+    /// Signalled when it is.
+    found: Condvar,
+    /// The rank's thread knows of it.
+    is_told: AtomicBool,
 }
 
-impl Clock {
+impl Vitals {
     pub fn now(&self) -> Duration {
         Duration::from_micros(self.micros.load(Ordering::Relaxed))
+    }
+
+    pub fn is_ending(&self) -> bool {
+        self.is_ending.load(Ordering::SeqCst)
+    }
+
+    /// For the rank's thread, once something has failed: waits while the watchdog finds out more, 4.5 s at most (then the
+    /// process has ended).
+    pub fn failure(&self) -> Failure {
+        let is_open = |failure: &mut Option<Failure>| failure.is_none();
+        let failure = self.found.wait_while(self.lock(), is_open).expect(NO_PANIC).clone();
+        self.is_told.store(true, Ordering::SeqCst);
+        failure.expect("it was waited for")
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Failure>> {
+        self.failure.lock().expect(NO_PANIC)
     }
 }
 
@@ -43,15 +73,15 @@ impl Watchdog {
     /// # Errors
     /// No thread can be started.
     pub fn start(timeout: Duration, board: Board) -> Result<Arc<Self>, ControlError> {
-        let watchdog = Arc::new(Watchdog { timeout, clock: Arc::default(), groups: Mutex::default() });
+        let watchdog = Arc::new(Watchdog { timeout, vitals: Arc::default(), groups: Mutex::default() });
         let weak = Arc::downgrade(&watchdog);
         let failed = |source| ControlError::System { what: "cannot start the watchdog thread".into(), source };
         std::thread::Builder::new().name("nccl-watchdog".into()).spawn(move || watch(&weak, board)).map_err(failed)?;
         Ok(watchdog)
     }
 
-    pub fn clock(&self) -> Arc<Clock> {
-        Arc::clone(&self.clock)
+    pub fn vitals(&self) -> Arc<Vitals> {
+        Arc::clone(&self.vitals)
     }
 
     pub fn add(&self, group: &Arc<Communicator>) {
@@ -66,38 +96,35 @@ impl Watchdog {
     }
 }
 
-const NO_PANIC: &str = "no thread panics while it holds the groups";
+const NO_PANIC: &str = "no thread panics while it holds the lock";
 
 /// The thread.
-fn watch(watchdog: &Weak<Watchdog>, mut board: Board) {
+fn watch(watchdog: &Weak<Watchdog>, board: Board) {
     let mut last_tick = Instant::now();
-    let mut last_ask = Instant::now();
     loop {
         std::thread::sleep(TICK);
         let Some(watchdog) = watchdog.upgrade() else { return };
         let awake = last_tick.elapsed().min(2 * TICK);
         last_tick = Instant::now();
-        watchdog.clock.micros.fetch_add(awake.as_micros() as u64, Ordering::Relaxed);
+        watchdog.vitals.micros.fetch_add(awake.as_micros() as u64, Ordering::Relaxed);
         let groups = watchdog.groups();
-        let mut failure = groups.iter().find_map(|group| group.look(watchdog.timeout));
-        if failure.is_none() && last_ask.elapsed() >= ASK_EVERY {
-            last_ask = Instant::now();
-            failure = board.who_gave_up().and_then(|other_rank| {
-                let call = report(&groups).last?;
-                Some(Failure::PeerGaveUp { other_rank, call })
-            });
-        }
+        let peer_gave_up = || {
+            let other_rank = board.who_gave_up()?;
+            Some(Failure::PeerGaveUp { other_rank, call: report(&groups).last? })
+        };
+        let failure = groups.iter().find_map(|group| group.look(watchdog.timeout)).or_else(peer_gave_up);
         if let Some(failure) = failure {
             drop(groups);
-            end(watchdog, failure, &mut board);
+            end(watchdog, failure, &board);
             return;
         }
     }
 }
 
 /// Aborts all, finds out why, and sees to it that the process ends.
-fn end(watchdog: Arc<Watchdog>, mut failure: Failure, board: &mut Board) {
+fn end(watchdog: Arc<Watchdog>, mut failure: Failure, board: &Board) {
     let start = Instant::now();
+    watchdog.vitals.is_ending.store(true, Ordering::SeqCst);
     let groups = watchdog.groups();
     let report = report(&groups);
     let mut left = groups.clone();
@@ -114,19 +141,19 @@ fn end(watchdog: Arc<Watchdog>, mut failure: Failure, board: &mut Board) {
         }
     }
     if left.is_empty() {
-        match failure {
-            Failure::Timeout { .. } => {
-                let reports = board.exchange(&report);
-                let failed = groups.iter().find(|group| group.oldest().as_ref() == failure.call());
-                if let Some(group) = failed.or(groups.first()) {
-                    failure = failure.judged(&reports, group.rank, &group.members);
-                }
-            }
-            Failure::PeerGaveUp { .. } => board.report(&report),
+        let say = match failure {
+            Failure::Timeout { .. } => Say::Exchange,
+            Failure::PeerGaveUp { .. } => Say::Report,
             // Known already; the others are told before this rank's thread, which may end the process.
-            Failure::Nccl { .. } | Failure::Mismatch { .. } => _ = board.give_up(&report),
+            Failure::Nccl { .. } | Failure::Mismatch { .. } => Say::GiveUp,
+        };
+        let reports = board.say(say, report, BOARD_LIMIT.saturating_sub(start.elapsed()));
+        let failed = groups.iter().find(|group| group.oldest().as_ref() == failure.call());
+        if let (Some(reports), Some(group)) = (reports, failed.or(groups.first())) {
+            failure = failure.judged(&reports, group.rank, &group.members);
         }
-        groups.iter().for_each(|group| group.set_failure(failure.clone()));
+        *watchdog.vitals.lock() = Some(failure.clone());
+        watchdog.vitals.found.notify_all();
     }
     let rank = groups.first().map_or(0, |group| group.rank);
     drop((left, groups));
@@ -134,14 +161,14 @@ fn end(watchdog: Arc<Watchdog>, mut failure: Failure, board: &mut Board) {
     let watchdog = Arc::downgrade(&{ watchdog });
     while start.elapsed() < COME_BACK_LIMIT {
         let Some(watchdog) = watchdog.upgrade() else { return };
-        if watchdog.groups().iter().any(|group| group.is_told()) {
+        if watchdog.vitals.is_told.load(Ordering::SeqCst) {
             return;
         }
         drop(watchdog);
         std::thread::sleep(TICK);
     }
     let error = failure.to_error(rank);
-    eprintln!("{error}; this rank did not come back within {COME_BACK_LIMIT:?} of the abort, so it ends here");
+    eprintln!("{error}; this rank did not come back within {COME_BACK_LIMIT:?}, so it ends here");
     // SAFETY: `_exit` has no preconditions. Not `exit`: its handlers could wait for threads that are stuck.
     unsafe { _exit(1) }
 }

@@ -31,9 +31,9 @@ use fsdp_control::memory::SharedMemory;
 use fsdp_control::progress::Op;
 use tch::{Kind, Tensor};
 
+use crate::CommError;
 use crate::check::check_range;
 use crate::flight::FlightRecord;
-use crate::{Call, CommError};
 use channel::{Cell, Channel};
 use rendezvous::Peer;
 use staging::Staging;
@@ -69,10 +69,6 @@ impl ShmGroup {
 
     pub(crate) fn world_size(&self) -> usize {
         self.peers.len()
-    }
-
-    pub(crate) fn last_call(&self) -> Option<Call> {
-        self.calls.last()
     }
 
     pub(crate) fn write_flight_record(&self, path: &Path) -> Result<(), CommError> {

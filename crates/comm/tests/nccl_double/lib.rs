@@ -12,7 +12,8 @@
 //! Environment: `NCCL_DOUBLE_DIR` is the folder of the files and of `log-RANK.jsonl`, one line for each call.
 //! `NCCL_DOUBLE_VERSION` is what `ncclGetVersion` says. `NCCL_DOUBLE_FAULT` goes wrong on purpose, by rank of the run:
 //! `never_join RANK N` (its N-th collective never joins its peers'), `async_error RANK N STATUS` (its N-th collective ends
-//! with a status), `slow_init MILLISECONDS`.
+//! with a status), `stuck RANK N` (its N-th call of a collective does not come back), `slow_init MILLISECONDS`,
+//! `slow_finalize MILLISECONDS`.
 
 mod numbers;
 mod shared;
@@ -68,6 +69,7 @@ thread_local! {
     static GROUP: RefCell<Group> = RefCell::default();
 }
 static NUM_GROUPS: AtomicU64 = AtomicU64::new(0);
+static NUM_CALLS: AtomicU64 = AtomicU64::new(0);
 static NUM_IDS: AtomicU64 = AtomicU64::new(0);
 static LOG: Mutex<()> = Mutex::new(());
 
@@ -265,6 +267,12 @@ fn make(
         communicator.key(),
         stream as usize,
     ));
+    let number = NUM_CALLS.fetch_add(1, Ordering::Relaxed) + 1;
+    if fault("stuck").is_some_and(|at| at[0].to_string() == run_rank() && at[1] == number) {
+        loop {
+            std::thread::park();
+        }
+    }
     let collective = Collective { op, data_type, count, send, recv, send_bytes };
     GROUP.with_borrow_mut(|group| match group.depth {
         0 => communicator.push(Task::Collective(collective)),

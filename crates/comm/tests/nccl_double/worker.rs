@@ -147,7 +147,11 @@ impl Inner {
                     // SAFETY: the caller keeps it until this communicator is done.
                     unsafe { *place.0 = Box::into_raw(Box::new(part)) };
                 }
-                Task::Finalize => {}
+                Task::Finalize => {
+                    if let Some(millis) = fault("slow_finalize") {
+                        std::thread::sleep(Duration::from_millis(millis[0]));
+                    }
+                }
             }
             let tasks = self.tasks.lock().unwrap();
             if tasks.is_empty() {

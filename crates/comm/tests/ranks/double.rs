@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use fsdp_comm::nccl::NcclGroup;
 use fsdp_comm::{CommError, ProcessGroup};
+use fsdp_control::store::Store;
 use serde_json::Value;
 use tch::Device;
 use tempfile::TempDir;
@@ -77,7 +78,12 @@ pub fn read_lines(path: &Path) -> Vec<Value> {
 
 /// In a rank: joins the group.
 pub fn connect() -> Result<ProcessGroup, CommError> {
-    super::connect_by(|store, env, timeout, progress| {
+    connect_through(&mut super::store())
+}
+
+/// As [`connect`], through another store than the test's.
+pub fn connect_through(store: &mut Store) -> Result<ProcessGroup, CommError> {
+    super::connect_by(store, |store, env, timeout, progress| {
         let (rank, world_size) = (env.rank, env.world_size);
         let group = NcclGroup::with_library(&library(), store, rank, world_size, Device::Cpu, timeout, progress)?;
         Ok(ProcessGroup::Nccl(group))

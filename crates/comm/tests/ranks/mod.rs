@@ -146,19 +146,20 @@ pub fn case() -> String {
 
 /// In a rank: joins the group.
 pub fn connect() -> Result<ProcessGroup, CommError> {
-    connect_by(|store, env, timeout, progress| {
+    connect_by(&mut store(), |store, env, timeout, progress| {
         ProcessGroup::connect_shm(store, env.rank, env.world_size, timeout, progress)
     })
 }
 
 fn connect_by(
+    store: &mut Store,
     connect: impl FnOnce(&mut Store, &WorkerEnv, Duration, Option<ProgressHandle>) -> Result<ProcessGroup, CommError>,
 ) -> Result<ProcessGroup, CommError> {
     tch::set_num_threads(1);
     let env = WorkerEnv::from_env().unwrap();
     let timeout = Duration::from_millis(std::env::var("FSDP_TEST_TIMEOUT_MS").unwrap().parse().unwrap());
     let progress = Progress::attach(env.progress_fd.unwrap(), env.local_rank).unwrap();
-    connect(&mut store(), &env, timeout, Some(progress))
+    connect(store, &env, timeout, Some(progress))
 }
 
 /// In a rank: a connection to the store.

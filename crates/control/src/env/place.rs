@@ -4,6 +4,9 @@ use super::{Lookup, StartedBy, need, number, number_in};
 use crate::ControlError;
 use crate::slurm::{Slurm, expand_hostlist};
 
+/// Far above what anybody has, so that sums and products of ranks cannot overflow.
+const MAX_RANKS: usize = 1 << 20;
+
 const LAUNCHER: &str = "start ranks with fsdp-launch, mpirun or srun";
 const MPI: &str = "the MPI that set the others should set it too";
 const SEVERAL_HOSTS: &str = "give all ranks the host of rank 0, such as with mpirun -x MASTER_ADDR=HOST";
@@ -74,6 +77,10 @@ impl Place {
             let expected = format!("less than {limit_name}, which is {limit}");
             Err(ControlError::BadVariable { name, value: value.to_string(), expected })
         };
+        if world_size > MAX_RANKS {
+            let expected = format!("at most {MAX_RANKS} ranks");
+            return Err(ControlError::BadVariable { name: names[1], value: world_size.to_string(), expected });
+        }
         below(names[0], rank, names[1], world_size)?;
         below(names[2], local_rank, names[3], local_world_size)?;
         below(names[3], local_world_size, &format!("{} + 1", names[1]), world_size + 1)?;

@@ -5,9 +5,12 @@ use std::time::{Duration, Instant};
 use super::wire::{self, Kind, MAX_KEY_BYTES, MAX_VALUE_BYTES, Reply};
 use crate::ControlError;
 
-/// How long a reply may take beyond the time that the server was asked to wait: longer than a launcher is suspended by
-/// Ctrl-Z for a moment. A server that is gone is noticed at once, a host within seconds; see `wire::keep_alive`.
+/// How long a reply may take beyond the time that the server was asked to wait, unless [`Store::with_reply_slack`] says
+/// otherwise: longer than a launcher is suspended by Ctrl-Z for a moment. A server that is gone is noticed at once, a host
+/// within seconds; see `wire::keep_alive`.
 const REPLY_SLACK: Duration = Duration::from_secs(600);
+/// The same until the first reply of a connection: who has the port may be another program, which never answers.
+const FIRST_REPLY_SLACK: Duration = Duration::from_secs(20);
 const RETRY_EVERY: Duration = Duration::from_millis(50);
 
 /// A connection to a [`super::StoreServer`].
@@ -15,6 +18,10 @@ const RETRY_EVERY: Duration = Duration::from_millis(50);
 pub struct Store {
     stream: TcpStream,
     addr: String,
+    reply_slack: Duration,
+    has_replied: bool,
+    /// A request had no reply in time, or half of one: what comes next would be taken for another request's.
+    is_lost: bool,
 }
 
 impl Store {
@@ -27,13 +34,23 @@ impl Store {
         loop {
             let left = timeout.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
             match connect_once((host, port), left) {
-                Ok(stream) => return Ok(Store { stream, addr: format!("{host}:{port}") }),
+                Ok(stream) => {
+                    let addr = format!("{host}:{port}");
+                    return Ok(Store { stream, addr, reply_slack: REPLY_SLACK, has_replied: false, is_lost: false });
+                }
                 Err(source) if start.elapsed() + RETRY_EVERY >= timeout => {
                     return Err(ControlError::StoreUnreachable { addr: format!("{host}:{port}"), timeout, source });
                 }
                 Err(_) => std::thread::sleep(RETRY_EVERY),
             }
         }
+    }
+
+    /// For those who must not wait for a server that does not answer, because its process is suspended: a request fails
+    /// with [`ControlError::StoreLost`] when its reply takes `reply_slack` longer than it asked the server to wait. The
+    /// connection is over then, and later requests fail at once.
+    pub fn with_reply_slack(self, reply_slack: Duration) -> Self {
+        Store { reply_slack, ..self }
     }
 
     /// Sets `key`, over an older value.
@@ -149,21 +166,32 @@ impl Store {
             let reason = format!("a value has at most {MAX_VALUE_BYTES} bytes, got {}", value.len());
             return Err(self.refused(kind, key, reason));
         }
-        let limit = server_waits.saturating_add(REPLY_SLACK);
+        let lost = |source| ControlError::StoreLost { addr: self.addr.clone(), source };
+        if self.is_lost {
+            return Err(lost(io::Error::new(io::ErrorKind::NotConnected, "an earlier request had no reply")));
+        }
+        let slack = if self.has_replied { self.reply_slack } else { self.reply_slack.min(FIRST_REPLY_SLACK) };
+        let limit = server_waits.saturating_add(slack);
         let reply = self
             .stream
             .set_read_timeout(Some(limit))
+            .and_then(|()| self.stream.set_write_timeout(Some(limit)))
             .and_then(|()| wire::write_request(&mut self.stream, kind, key, value))
             .and_then(|()| wire::read_reply(&mut self.stream));
+        self.has_replied |= reply.is_ok();
         match reply {
             Ok(Reply::Value(value)) => Ok(Some(value)),
             Ok(Reply::TimedOut) => Ok(None),
             Ok(Reply::Refused(reason)) => Err(self.refused(kind, key, reason)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let source = io::Error::new(io::ErrorKind::TimedOut, format!("no reply within {limit:?}"));
-                Err(ControlError::StoreLost { addr: self.addr.clone(), source })
+            Err(error) => {
+                self.is_lost = true;
+                Err(lost(match error.kind() {
+                    io::ErrorKind::WouldBlock => {
+                        io::Error::new(io::ErrorKind::TimedOut, format!("no reply within {limit:?}"))
+                    }
+                    _ => error,
+                }))
             }
-            Err(source) => Err(ControlError::StoreLost { addr: self.addr.clone(), source }),
         }
     }
 

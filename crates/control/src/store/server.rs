@@ -5,11 +5,14 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit, setrlimit};
+
 use super::wire::{self, Kind, MAX_VALUE_BYTES, Reply, Request};
 use crate::ControlError;
 
-/// Bounds on what clients can make the server hold.
-const MAX_CONNECTIONS: usize = 4096;
+/// Bounds on what clients can make the server hold. A rank has up to four connections, so there is room for 4096 ranks; each
+/// connection takes a thread and a descriptor.
+const MAX_CONNECTIONS: usize = 16384;
 const MAX_TOTAL_BYTES: usize = 256 << 20;
 
 /// Serves a store until it is dropped; then clients that wait get an error.
@@ -30,10 +33,10 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     values: HashMap<String, Vec<u8>>,
-    /// Bytes of all keys and values.
+    /// Bytes of all keys and values, those of wills included.
     total_bytes: usize,
     /// Open connections by number, so that stopping can end their threads.
-    connections: HashMap<u64, TcpStream>,
+    connections: HashMap<u64, Arc<TcpStream>>,
     /// By connection: what to append to which key when it ends.
     wills: HashMap<u64, (String, Vec<u8>)>,
     stopping: bool,
@@ -49,6 +52,7 @@ impl StoreServer {
             io::ErrorKind::AddrInUse => ControlError::PortInUse { host: host.into(), port },
             _ => ControlError::StoreBind { host: host.into(), port, source },
         };
+        allow_descriptors();
         let listener = TcpListener::bind((host, port)).map_err(failed)?;
         let local_addr = listener.local_addr().map_err(failed)?;
         let shared = Arc::new(Shared::default());
@@ -74,6 +78,14 @@ impl StoreServer {
         let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), timeout, are_left);
         !waited.expect("no thread panics while it holds the state").1.timed_out()
     }
+}
+
+/// Lets this process have as many descriptors as the system grants it: often it starts with 1024.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Then connections are refused when those that there are run out.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 impl Drop for StoreServer {
@@ -107,7 +119,7 @@ impl Shared {
     fn end_connection(&self, number: u64) {
         let mut state = self.lock();
         state.connections.remove(&number);
-        if let Some((key, value)) = state.wills.remove(&number)
+        if let Some((key, value)) = state.take_will(number)
             && !state.stopping
         {
             // Refused where the key or the store is full: then others have had their say.
@@ -123,14 +135,14 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     for stream in listener.incoming() {
         let kept = stream.and_then(|stream| {
             wire::keep_alive(&stream)?;
-            Ok((stream.try_clone()?, stream))
+            Ok(Arc::new(stream))
         });
         let mut state = shared.lock();
         if state.stopping {
             return;
         }
         // A failed accept is the client's loss (it tries again), or a lack of descriptors, which can pass.
-        let Ok((second, stream)) = kept else {
+        let Ok(stream) = kept else {
             drop(state);
             std::thread::sleep(Duration::from_millis(10));
             continue;
@@ -139,12 +151,12 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
             continue;
         }
         number += 1;
-        state.connections.insert(number, second);
+        state.connections.insert(number, Arc::clone(&stream));
         drop(state);
         let served = {
             let shared = Arc::clone(shared);
             let serve = move || {
-                serve(stream, number, &shared);
+                serve(&stream, number, &shared);
                 shared.end_connection(number);
             };
             std::thread::Builder::new().name("store-client".into()).stack_size(128 * 1024).spawn(serve)
@@ -156,7 +168,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 }
 
 /// Answers one client until it goes, or sends what is no request.
-fn serve(mut stream: TcpStream, number: u64, shared: &Shared) {
+fn serve(mut stream: &TcpStream, number: u64, shared: &Shared) {
     while let Ok(request) = wire::read_request(&mut stream) {
         let reply = answer(request, number, shared);
         if wire::write_reply(&mut stream, &reply).is_err() {
@@ -177,15 +189,7 @@ fn answer(request: Request, number: u64, shared: &Shared) -> Reply {
     match kind {
         Kind::Set => changed(shared.lock().set(key, value)),
         Kind::Append => changed(shared.lock().append(key, &value)),
-        Kind::Will => {
-            let mut state = shared.lock();
-            if value.is_empty() {
-                state.wills.remove(&number);
-            } else {
-                state.wills.insert(number, (key, value));
-            }
-            changed(Ok(()))
-        }
+        Kind::Will => changed(shared.lock().set_will(number, key, value)),
         Kind::Add => {
             let mut state = shared.lock();
             let old = match state.values.get(&key).map(|v| <[u8; 8]>::try_from(v.as_slice())) {
@@ -226,12 +230,36 @@ impl State {
     fn set(&mut self, key: String, value: Vec<u8>) -> Result<(), String> {
         debug_assert!(value.len() <= MAX_VALUE_BYTES);
         let old_bytes = self.values.get(&key).map_or(0, |old| key.len() + old.len());
-        let total_bytes = self.total_bytes - old_bytes + key.len() + value.len();
+        self.account(old_bytes, key.len() + value.len())?;
+        self.values.insert(key, value);
+        Ok(())
+    }
+
+    /// An empty value takes an earlier will back.
+    fn set_will(&mut self, number: u64, key: String, value: Vec<u8>) -> Result<(), String> {
+        if value.is_empty() {
+            self.take_will(number);
+            return Ok(());
+        }
+        let old_bytes = self.wills.get(&number).map_or(0, |(key, old)| key.len() + old.len());
+        self.account(old_bytes, key.len() + value.len())?;
+        self.wills.insert(number, (key, value));
+        Ok(())
+    }
+
+    fn take_will(&mut self, number: u64) -> Option<(String, Vec<u8>)> {
+        let (key, value) = self.wills.remove(&number)?;
+        self.total_bytes -= key.len() + value.len();
+        Some((key, value))
+    }
+
+    /// Counts `new_bytes` in the place of `old_bytes`.
+    fn account(&mut self, old_bytes: usize, new_bytes: usize) -> Result<(), String> {
+        let total_bytes = self.total_bytes - old_bytes + new_bytes;
         if total_bytes > MAX_TOTAL_BYTES {
             return Err(format!("the store is full ({MAX_TOTAL_BYTES} bytes)"));
         }
         self.total_bytes = total_bytes;
-        self.values.insert(key, value);
         Ok(())
     }
 
@@ -242,5 +270,28 @@ impl State {
         }
         let whole = [old, value].concat();
         self.set(key, whole)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wills_count_for_as_long_as_they_are_held() {
+        let mut state = State::default();
+        state.set("key".into(), vec![0; 10]).unwrap();
+        state.set_will(1, "will".into(), vec![0; 100]).unwrap();
+        state.set_will(2, "will".into(), vec![0; 200]).unwrap();
+        assert_eq!(state.total_bytes, 13 + 104 + 204);
+        state.set_will(2, "will".into(), vec![0; 20]).unwrap();
+        state.set_will(3, "will".into(), Vec::new()).unwrap();
+        assert_eq!(state.total_bytes, 13 + 104 + 24);
+        state.total_bytes += MAX_TOTAL_BYTES;
+        assert!(state.set_will(4, "will".into(), vec![0; 100]).unwrap_err().contains("full"));
+        state.total_bytes -= MAX_TOTAL_BYTES;
+        assert!(state.take_will(1).is_some());
+        state.set_will(2, "will".into(), Vec::new()).unwrap();
+        assert_eq!((state.total_bytes, state.wills.len()), (13, 0));
     }
 }

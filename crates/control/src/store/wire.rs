@@ -75,7 +75,7 @@ pub(super) fn write_request(stream: &mut TcpStream, kind: Kind, key: &str, value
 }
 
 /// The next request. Lengths are checked before anything is allocated.
-pub(super) fn read_request(stream: &mut TcpStream) -> io::Result<Request> {
+pub(super) fn read_request(stream: &mut impl Read) -> io::Result<Request> {
     let bad = |reason: &str| io::Error::new(io::ErrorKind::InvalidData, reason.to_owned());
     let mut head = [0; 7];
     stream.read_exact(&mut head)?;
@@ -103,7 +103,7 @@ pub(super) fn read_request(stream: &mut TcpStream) -> io::Result<Request> {
     Ok(Request { kind, key, value })
 }
 
-pub(super) fn write_reply(stream: &mut TcpStream, reply: &Reply) -> io::Result<()> {
+pub(super) fn write_reply(stream: &mut impl Write, reply: &Reply) -> io::Result<()> {
     let (status, value) = match reply {
         Reply::Value(value) => (0, value.as_slice()),
         Reply::TimedOut => (1, &[][..]),

@@ -26,6 +26,8 @@ pub struct Job {
     pub recompute: bool,
     pub accumulation: usize,
     pub num_replicas: usize,
+    /// The strategy that allows for replicas, also where there is one.
+    pub is_hybrid: bool,
     pub offload: Offload,
     pub lr: f64,
 }
@@ -64,6 +66,7 @@ impl Job {
             recompute: true,
             accumulation: 1,
             num_replicas: 1,
+            is_hybrid: false,
             offload: Offload::None,
             lr: 1e-2,
         }
@@ -74,7 +77,7 @@ impl Job {
         let input = PlanInput {
             num_shards: world.size / self.num_replicas,
             num_replicas: self.num_replicas,
-            strategy: if self.num_replicas == 1 { Strategy::FullShard } else { Strategy::HybridShard },
+            strategy: if self.num_replicas > 1 || self.is_hybrid { Strategy::HybridShard } else { Strategy::FullShard },
             prefetch: self.prefetch,
             recompute: self.recompute,
             accumulation: self.accumulation,

@@ -41,6 +41,8 @@ pub fn rank_replicas(world: &mut World) {
         let job = Job { accumulation: if world.size == 4 { 1 } else { 2 }, ..Job::new(model) };
         let full = job.train(world, STEPS);
         let world_size = world.size;
+        let alone = Job { is_hybrid: true, ..job }.train(world, STEPS);
+        assert_eq!(alone, full, "one replica is none");
         for num_replicas in (2..=world_size).filter(|n| world_size.is_multiple_of(*n)) {
             let job = Job { num_replicas, ..job };
             let hybrid = job.train(world, STEPS);

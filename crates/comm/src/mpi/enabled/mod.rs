@@ -142,10 +142,6 @@ impl MpiGroup {
         self.communicator.size()
     }
 
-    pub(crate) fn last_call(&self) -> Option<Call> {
-        self.calls.last()
-    }
-
     pub(crate) fn write_flight_record(&self, path: &Path) -> Result<(), CommError> {
         self.calls.write(path)
     }

@@ -46,10 +46,14 @@ stop() {
     fi
 }
 
-num_idle() { sinfo -h -t idle -o %D 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'; }
+# Nodes in one of these states, such as "idle,mixed".
+num_nodes() { sinfo -h -t "$1" -o %D 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'; }
 
-# Asked without a controller, sinfo waits long.
-is_up() { is_running slurmctld && [ "$(num_idle)" = 2 ]; }
+# A cluster with jobs on its nodes is up too. Asked without a controller, sinfo waits long.
+is_up() {
+    for daemon in munged slurmctld slurmd-n1 slurmd-n2; do is_running $daemon || return 1; done
+    [ "$(num_nodes idle,mixed,allocated,completing)" = 2 ]
+}
 
 install_packages() {
     for program in munged slurmctld slurmd srun; do
@@ -123,7 +127,7 @@ CONF
     slurmd -c -f "$SLURM_CONF" -N n1 >&2
     slurmd -c -f "$SLURM_CONF" -N n2 >&2
     for _ in $(seq 120); do
-        [ "$(num_idle)" = 2 ] && return
+        [ "$(num_nodes idle)" = 2 ] && return
         sleep 0.25
     done
     die "the nodes did not become idle; see $dir/*.log"

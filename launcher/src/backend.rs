@@ -61,10 +61,15 @@ fn resolved(
         ));
     }
     if backend == Backend::Mpi && num_nodes > 1 {
-        return Err("[fsdp] backend: expected \"nccl\" with a launcher on each node, got \"mpi\", whose ranks one mpirun or \
-                    srun starts on all nodes; call fsdp-launch --backend mpi once in the batch script of a SLURM job, or \
-                    start fsdp-train CONFIG with srun --mpi=pmix, or with mpirun -H HOST:RANKS,..."
-            .to_owned());
+        let got = match fsdp.backend {
+            Backend::Auto => "\"auto\" without GPUs, which is \"mpi\": its ranks are started by one mpirun or srun",
+            _ => "\"mpi\", whose ranks are started by one mpirun or srun",
+        };
+        return Err(format!(
+            "[fsdp] backend: expected \"nccl\" with a launcher on each node, got {got} on all nodes; call fsdp-launch \
+             --backend mpi once in the batch script of a SLURM job, or start fsdp-train CONFIG with srun --mpi=pmix, or \
+             with mpirun -H HOST:RANKS,..."
+        ));
     }
     Ok((device, backend))
 }
@@ -108,7 +113,7 @@ mod tests {
             ("cpu", "nccl", 1, 1, 8, "which is for GPUs"),
             ("auto", "nccl", 1, 4, 2, "NCCL wants one GPU a rank: 2 GPUs, --nproc 4"),
             ("auto", "auto", 1, 4, 2, "NCCL wants one GPU a rank: 2 GPUs, --nproc 4"),
-            ("cpu", "auto", 2, 4, 2, "expected \"nccl\" with a launcher on each node, got \"mpi\""),
+            ("cpu", "auto", 2, 4, 2, "expected \"nccl\" with a launcher on each node, got \"auto\" without GPUs"),
             ("auto", "mpi", 2, 4, 0, "expected \"nccl\" with a launcher on each node, got \"mpi\""),
         ] {
             let message = resolved(&job(device, backend), nodes, ranks, gpus).unwrap_err();

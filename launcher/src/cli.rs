@@ -106,7 +106,7 @@ pub fn with_dashes(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
 
 /// Most machines of a run, and most ranks on one of them.
 const MAX_NODES: usize = 4096;
-const MAX_RANKS: usize = 1024;
+pub const MAX_RANKS: usize = 1024;
 
 fn parse_nnodes(text: &str) -> Result<usize, String> {
     match text.parse() {

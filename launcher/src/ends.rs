@@ -48,8 +48,6 @@ impl Supervisor<'_> {
             }
             End::Killed(signal) if self.was_asked(signal) => {
                 self.history.num_stopped += 1;
-                // It was still starting and had no handler yet.
-                self.hurry();
                 return;
             }
             End::Exited(_) | End::Killed(_) => {}

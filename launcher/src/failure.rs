@@ -10,21 +10,35 @@ pub struct Failure {
     pub status: ExitStatus,
     /// Complete: place, expected, got, what to do.
     pub message: String,
+    /// It has been printed.
+    pub is_said: bool,
 }
 
 impl Failure {
     /// The config or an input is wrong.
     pub fn bad_input(message: impl Display) -> Self {
-        Self { status: ExitStatus::BadInput, message: message.to_string() }
+        Self::new(ExitStatus::BadInput, message)
     }
 
     /// Somebody asked for it.
     pub fn stopped(message: impl Display) -> Self {
-        Self { status: ExitStatus::Stopped, message: message.to_string() }
+        Self::new(ExitStatus::Stopped, message)
     }
 
     /// The machine or this program is at fault.
     pub fn failed(message: impl Display) -> Self {
-        Self { status: ExitStatus::Failed, message: message.to_string() }
+        Self::new(ExitStatus::Failed, message)
+    }
+
+    fn new(status: ExitStatus, message: impl Display) -> Self {
+        Self { status, message: message.to_string(), is_said: false }
+    }
+
+    /// Prints it, once.
+    pub fn say(&mut self) {
+        if !self.is_said {
+            crate::say(&format!("fsdp-launch: {}", self.message));
+            self.is_said = true;
+        }
     }
 }

@@ -3,7 +3,6 @@
 use std::io::IsTerminal;
 use std::net::{TcpListener, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use fsdp_checkpoint::sharded;
@@ -21,17 +20,15 @@ use crate::cli::{JobArgs, RunArgs};
 use crate::failure::Failure;
 use crate::folder;
 use crate::link::{Farewell, Hello, Message};
+use crate::meeting;
 use crate::mpirun::{self, MpirunStart};
 use crate::nodes::{self, Nodes};
 use crate::place::Place;
-use crate::preflight::{Checked, preflight};
+use crate::preflight::{Checked, load_config, preflight};
 use crate::rank::{RankProcess, RankStart};
 use crate::signals::{Arrived, Signals};
 use crate::supervise::Supervisor;
-use crate::{machine, processes, verdict};
-
-/// The worker's binary, beside the launcher's own.
-const WORKER: &str = "fsdp-train";
+use crate::{machine, processes, verdict, worker};
 
 /// How long the kernel has to end what ranks left behind.
 const ORPHAN_PATIENCE: Duration = Duration::from_secs(2);
@@ -39,8 +36,8 @@ const ORPHAN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the terminal has to take the report.
 const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long a node that has a reason not to start tries to tell the head.
-const REFUSAL_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a node whose config cannot be read tries to tell the others: what the config has where it does not say.
+const REFUSAL_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Runs the job to its end.
 pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
@@ -48,7 +45,7 @@ pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
     // From here on a signal does not end the launcher: it ends the run.
     let mut signals = Signals::install().map_err(|e| Failure::failed(format!("cannot take over signals: {e}")))?;
     let checked = preflight_until_signal(&args.job, place.num_nodes, &mut signals);
-    let (mut nodes, ranks, checked) = meet(&place, args.job.nproc, checked, &mut signals)?;
+    let (mut nodes, ranks, checked) = meet(&place, &args.job, checked, &mut signals)?;
     let result = run(&place, &ranks, &checked, &mut nodes, &mut signals);
     if let Err(failure) = &result {
         nodes.give_up(&format!("node {} (host {})", place.node_rank, host_name()), failure);
@@ -102,17 +99,38 @@ fn preflight_until_signal(job: &JobArgs, num_nodes: usize, signals: &mut Signals
 /// The job is wrong here or elsewhere, nodes do not come or differ, or a signal. All launchers have been told.
 fn meet(
     place: &Place,
-    num_local: usize,
-    checked: Result<Checked, Failure>,
+    job: &JobArgs,
+    mut checked: Result<Checked, Failure>,
     signals: &mut Signals,
 ) -> Result<(Nodes, LocalRanks, Checked), Failure> {
+    let num_local = job.nproc;
     if place.num_nodes == 1 {
         let checked = checked?;
-        let num_machines = if checked.config.fsdp.backend == Backend::Mpi { place.num_machines } else { 1 };
+        let is_mpi = checked.config.fsdp.backend == Backend::Mpi;
+        let num_machines = if is_mpi { place.num_machines } else { 1 };
+        if place.num_machines > num_machines {
+            crate::say(&format!(
+                "fsdp-launch: warning: this SLURM job has {} nodes, and this run uses one; use all with srun \
+                 --ntasks-per-node=1 fsdp-launch",
+                place.num_machines
+            ));
+        }
         let world_size = num_local * num_machines;
         checked.check_ranks(world_size, num_local)?;
         return Ok((Nodes::alone(), LocalRanks { first_rank: 0, num_local, world_size }, checked));
     }
+    let patience = match &mut checked {
+        Ok(checked) => Duration::from_secs(checked.config.fsdp.timeout_secs),
+        Err(failure) => {
+            failure.message = format!("node {} (host {}): {}", place.node_rank, host_name(), failure.message);
+            // The others may come much later; they are to hear it all the same.
+            failure.say();
+            match failure.status {
+                ExitStatus::Stopped => nodes::STOPPED_PATIENCE,
+                _ => load_config(job).map_or(REFUSAL_PATIENCE, |c| Duration::from_secs(c.fsdp.timeout_secs)),
+            }
+        }
+    };
     let hello = Hello {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         num_nodes: place.num_nodes,
@@ -122,10 +140,9 @@ fn meet(
         num_ranks: num_local,
         job: match &checked {
             Ok(checked) => Ok(checked.config.to_toml()),
-            Err(failure) => Err(Farewell::new(failure.status, vec![failure.message.clone()])),
+            Err(failure) => Err(failure.into()),
         },
     };
-    let patience = checked.as_ref().map_or(REFUSAL_PATIENCE, |c| Duration::from_secs(c.config.fsdp.timeout_secs));
     if !place.is_head() {
         let joined = nodes::join(place, hello, patience, signals);
         // What is wrong here is more to the point than what the head makes of it, or that it was not there.
@@ -133,12 +150,13 @@ fn meet(
         let (nodes, first_rank, world_size) = joined?;
         return Ok((nodes, LocalRanks { first_rank, num_local, world_size }, checked));
     }
-    let (mut nodes, hellos) = nodes::gather(listen(place)?, &hello, patience, signals)?;
+    let gathered = listen(place).and_then(|listener| meeting::gather(listener, &hello, patience, signals));
     let checked = checked?;
+    let (mut nodes, hellos) = gathered?;
     let world_size = num_local + hellos.iter().map(|hello| hello.num_ranks).sum::<usize>();
     let fits = checked.check_ranks(world_size, num_local).and_then(|()| check_nodes(&checked, &hello, &hellos));
     if let Err(failure) = fits {
-        nodes.dismiss(&Message::Verdict(Farewell::new(failure.status, vec![failure.message.clone()])));
+        nodes.dismiss(&Message::Verdict(Farewell::from(&failure)));
         return Err(failure);
     }
     Ok((nodes, LocalRanks { first_rank: 0, num_local, world_size }, checked))
@@ -200,8 +218,10 @@ fn run(
     nodes: &mut Nodes,
     signals: &mut Signals,
 ) -> Result<ExitStatus, Failure> {
-    let worker = worker_binary()?;
-    let is_on_one_machine = place.num_nodes == 1 && ranks.num_local == ranks.world_size;
+    let worker = worker::find()?;
+    // Within a SLURM job mpirun may start even a few ranks on another node than this one.
+    let is_spread = checked.mpirun.is_some() && std::env::var_os("SLURM_JOB_ID").is_some();
+    let is_on_one_machine = place.num_nodes == 1 && ranks.num_local == ranks.world_size && !is_spread;
     let dir = &checked.config.output.dir;
     let log_dir = dir.join("logs");
     folder::create_dir(&log_dir)?;
@@ -299,19 +319,6 @@ fn serve_store(place: &Place, is_on_one_machine: bool) -> Result<StoreServer, Fa
         ControlError::PortInUse { .. } | ControlError::StoreBind { .. } => Failure::bad_input(error),
         _ => Failure::failed(error),
     })
-}
-
-fn worker_binary() -> Result<PathBuf, Failure> {
-    let own =
-        std::env::current_exe().map_err(|e| Failure::failed(format!("cannot find the launcher's own path: {e}")))?;
-    let worker = own.with_file_name(WORKER);
-    match rustix::fs::access(&worker, rustix::fs::Access::EXEC_OK) {
-        Ok(()) => Ok(worker),
-        Err(error) => Err(Failure::failed(format!(
-            "{}: expected the worker's binary beside fsdp-launch, got: {error}; build both with cargo build --release",
-            worker.display()
-        ))),
-    }
 }
 
 /// Starts all ranks, or none.

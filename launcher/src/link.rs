@@ -21,6 +21,9 @@ pub const LOST_AFTER: Duration = Duration::from_secs(5);
 /// More without a line's end is no message: a launcher's longest one has a config, or the last lines of a rank.
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
+/// The most that is read in one go.
+const MAX_READ_BYTES: usize = 64 << 10;
+
 /// What launchers tell each other. The head is the launcher of node 0; all others talk to it alone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -29,8 +32,8 @@ pub enum Message {
     Hello(Hello),
     /// From the head: all are here.
     Start { host: String, first_rank: usize, world_size: usize },
-    /// Ranks are to finish the step and save: somebody asked for it.
-    Stop,
+    /// Ranks are to finish the step and save: somebody asked for it, and may want them killed where that takes long.
+    Stop { has_deadline: bool },
     /// Ranks are to end: one has failed.
     End,
     /// Ranks are to be killed: somebody insists.
@@ -87,17 +90,25 @@ impl Farewell {
     pub fn status(&self) -> ExitStatus {
         ExitStatus::from_code(self.status).unwrap_or(ExitStatus::Failed)
     }
+
+    /// The status of one that says why a run does not start or cannot go on: never that of a run that is done.
+    pub fn failure_status(&self) -> ExitStatus {
+        match self.status() {
+            ExitStatus::Done => ExitStatus::Failed,
+            status => status,
+        }
+    }
 }
 
-impl From<Failure> for Farewell {
-    fn from(failure: Failure) -> Self {
-        Self::new(failure.status, vec![failure.message])
+impl From<&Failure> for Farewell {
+    fn from(failure: &Failure) -> Self {
+        Self::new(failure.status, vec![failure.message.clone()])
     }
 }
 
 impl From<Farewell> for Failure {
     fn from(farewell: Farewell) -> Self {
-        Self { status: farewell.status(), message: farewell.lines.join("\n") }
+        Self { status: farewell.failure_status(), message: farewell.lines.join("\n"), is_said: false }
     }
 }
 
@@ -162,9 +173,10 @@ impl Link {
         }
     }
 
-    /// Takes the next message, if one is here. Once there is none, the link may be closed.
-    pub fn receive(&mut self) -> Option<Message> {
-        let mut bytes = [0; 16 * 1024];
+    /// Reads what is here, but no more than [`MAX_READ_BYTES`]: who sends without end does not take all attention. After it
+    /// take all messages there are with [`Link::take`]; then the link may be closed.
+    pub fn read_some(&mut self) {
+        let mut bytes = [0; MAX_READ_BYTES];
         while self.closed.is_none() {
             match self.stream.read(&mut bytes) {
                 Ok(0) => self.closed = Some("its launcher is gone".to_owned()),
@@ -173,20 +185,28 @@ impl Link {
                     if let Err(reason) = self.split_messages() {
                         self.closed = Some(reason);
                     }
+                    return;
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => self.close(&error),
             }
         }
+    }
+
+    /// Takes the next message that has been read.
+    pub fn take(&mut self) -> Option<Message> {
         self.messages.pop_front()
     }
 
     fn split_messages(&mut self) -> Result<(), String> {
-        while let Some(len) = self.unread.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.unread.drain(..=len).collect();
-            let message = serde_json::from_slice(&line);
-            self.messages.push_back(message.map_err(|error| format!("it sent what is no message: {error}"))?);
+        if let Some(len) = self.unread.iter().rposition(|&byte| byte == b'\n') {
+            let rest = self.unread.split_off(len + 1);
+            let lines = std::mem::replace(&mut self.unread, rest);
+            for line in lines[..len].split(|&byte| byte == b'\n') {
+                let message = serde_json::from_slice(line);
+                self.messages.push_back(message.map_err(|error| format!("it sent what is no message: {error}"))?);
+            }
         }
         match self.unread.len() {
             0..MAX_MESSAGE_BYTES => Ok(()),
@@ -211,7 +231,8 @@ impl Link {
             if self.unsent.is_empty() {
                 let _ = self.stream.shutdown(std::net::Shutdown::Write);
             }
-            while self.receive().is_some() {}
+            self.read_some();
+            self.messages.clear();
             let left = deadline.saturating_duration_since(Instant::now());
             if self.closed.is_some() || left.is_zero() {
                 return;
@@ -242,11 +263,12 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut messages = Vec::new();
         while messages.len() < num && Instant::now() < deadline {
-            match link.receive() {
-                Some(message) => messages.push(message),
-                None if link.closed().is_some() => break,
-                None => std::thread::sleep(Duration::from_millis(1)),
+            link.read_some();
+            messages.extend(std::iter::from_fn(|| link.take()));
+            if link.closed().is_some() {
+                break;
             }
+            std::thread::sleep(Duration::from_millis(1));
         }
         messages
     }
@@ -261,7 +283,7 @@ mod tests {
             num_ranks: 3,
             job: Ok("[model]\npath = \"a\"\n".to_owned()),
         };
-        let refused = Hello { job: Err(Farewell::from(Failure::bad_input("no\ndata"))), ..hello.clone() };
+        let refused = Hello { job: Err(Farewell::from(&Failure::bad_input("no\ndata"))), ..hello.clone() };
         let absent = AbsentRank {
             rank: 3,
             host: "h".to_owned(),
@@ -288,7 +310,7 @@ mod tests {
             Message::Hello(hello),
             Message::Hello(refused),
             Message::Start { host: "h".to_owned(), first_rank: 4, world_size: 8 },
-            Message::Stop,
+            Message::Stop { has_deadline: true },
             Message::End,
             Message::Kill,
             Message::RankFailed(failure),
@@ -318,9 +340,29 @@ mod tests {
         assert!(near.flags().contains(PollFlags::OUT), "20 MB are more than the system buffers");
         let sender = std::thread::spawn(move || near.finish(Instant::now() + Duration::from_secs(20)));
         assert_eq!(receive(&mut far, 500).len(), 500);
-        far.receive();
+        far.read_some();
         drop(far);
         sender.join().unwrap();
+    }
+
+    /// Each go is bounded, so that deadlines and signals are seen between two of them.
+    #[test]
+    fn a_sender_without_end_does_not_take_all_attention() {
+        let (mut near, mut far) = pair();
+        (0..100_000).for_each(|_| near.send(&Message::End));
+        far.read_some();
+        let num = std::iter::from_fn(|| far.take()).count();
+        assert!((1..=MAX_READ_BYTES / 6).contains(&num), "{num}");
+        assert_eq!(far.closed(), None);
+    }
+
+    #[test]
+    fn what_ends_a_run_early_never_says_that_it_is_done() {
+        for (status, expected) in [(0, 1), (2, 2), (75, 75), (7, 1)] {
+            let farewell = Farewell { status, lines: vec![] };
+            assert_eq!(farewell.failure_status().code(), expected);
+            assert_eq!(Failure::from(farewell).status.code(), expected);
+        }
     }
 
     #[test]

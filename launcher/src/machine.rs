@@ -18,15 +18,16 @@ fn num_device_files() -> usize {
     devices.flatten().filter(|device| device.file_name().to_str().is_some_and(is_gpu)).count()
 }
 
-/// How many of `num_gpus` the list leaves. As CUDA reads it, the first entry that is no GPU ends the list; names
-/// (`GPU-...`, `MIG-...`) are taken on trust.
+/// How many of `num_gpus` the list leaves. As CUDA reads it, the first entry that is no GPU ends the list, and of MIG
+/// instances it takes one; names (`GPU-...`, `MIG-...`) are taken on trust.
 fn num_visible(num_gpus: usize, list: Option<&str>) -> usize {
     let Some(list) = list else { return num_gpus };
-    let is_gpu = |entry: &&str| match entry.trim().parse::<i64>() {
+    let is_gpu = |entry: &&str| match entry.parse::<i64>() {
         Ok(number) => usize::try_from(number).is_ok_and(|number| number < num_gpus),
-        Err(_) => num_gpus > 0 && (entry.trim().starts_with("GPU-") || entry.trim().starts_with("MIG-")),
+        Err(_) => num_gpus > 0 && (entry.starts_with("GPU-") || entry.starts_with("MIG-")),
     };
-    list.split(',').take_while(is_gpu).count()
+    let gpus: Vec<&str> = list.split(',').map(str::trim).take_while(is_gpu).collect();
+    if gpus.iter().any(|entry| entry.starts_with("MIG-")) { 1 } else { gpus.len() }
 }
 
 /// Compute threads of each of `num_ranks` ranks, where `OMP_NUM_THREADS` does not say: an equal share of the cores that
@@ -57,7 +58,8 @@ mod tests {
             (Some("0, 3"), 2),
             (Some("1,9,2"), 1),
             (Some("0,-1,1"), 1),
-            (Some("GPU-8932f937,MIG-0a"), 2),
+            (Some("GPU-8932f937,GPU-0a"), 2),
+            (Some("MIG-0a,MIG-0b"), 1),
             (Some("none"), 0),
         ] {
             assert_eq!(num_visible(4, list), expected, "{list:?}");

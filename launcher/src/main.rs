@@ -6,12 +6,14 @@
 //! - `place`: how many nodes there are and which one this is, from flags or SLURM
 //! - `preflight`, `backend`: config, devices, model files, data and output folder, checked before any rank starts
 //! - `launch`: from there to the ranks, and what became of them
-//! - `nodes`, `link`, `differences`: the launchers of other nodes: how they come together, messages, whose config differs
+//! - `nodes`, `meeting`, `link`, `differences`: the launchers of other nodes: how they come together, messages, whose
+//!   config differs
 //! - `folder`: lock and resolved config in the output folder
 //! - `rank`, `mpirun`: one rank's process, or the mpirun that stands for all; its pipes and its end
 //! - `supervise`, `ends`: the loop that waits for ranks, nodes, signals and deadlines; what a rank's end means
 //! - `history`, `verdict`: what happened; which failure came first, what to say about it, and the exit status
 //! - `output`: ranks' lines to the terminal, to files, and kept for the report
+//! - `worker`: the worker's binary and what it was built with
 //! - `signals`, `processes`, `machine`: what the operating system knows
 //! - `plan_command`: `fsdp-launch plan`
 //! - `failure`: an exit status with its message
@@ -37,6 +39,7 @@ mod history;
 mod launch;
 mod link;
 mod machine;
+mod meeting;
 mod mpirun;
 mod nodes;
 mod output;
@@ -48,11 +51,12 @@ mod rank;
 mod signals;
 mod supervise;
 mod verdict;
+mod worker;
 
 fn main() -> ExitCode {
     let cli = Cli::parse_from(cli::with_dashes(std::env::args_os()));
-    let status = run(&cli).unwrap_or_else(|failure| {
-        say(&format!("fsdp-launch: {}", failure.message));
+    let status = run(&cli).unwrap_or_else(|mut failure| {
+        failure.say();
         failure.status
     });
     status.into()

@@ -248,19 +248,23 @@ pub fn remove_empty_outputs(log_dir: &Path, num_ranks: usize) {
     }
 }
 
-/// The failed rank of which Open MPI tells in its last lines.
+/// The failed rank of which Open MPI tells in its last lines, which it may break anywhere.
 pub fn reported_failure(lines: &[String]) -> Option<RankFailure> {
+    let text = lines.iter().flat_map(|line| line.split_whitespace()).collect::<Vec<_>>().join(" ");
     let number = |text: &str| text.trim().split(|c: char| !c.is_ascii_digit()).next()?.parse::<usize>().ok();
-    let after = |start: &str| lines.iter().find_map(|line| line.split_once(start)).map(|(_, rest)| rest);
+    let after = |start: &str| text.split_once(start).map(|(_, rest)| rest);
     let (rank, host, end) = match after("noticed that process rank ") {
         Some(rest) => {
-            let (_, signal) = rest.split_once(" exited on signal ")?;
-            let host = rest.split_once(" on node ").and_then(|(_, rest)| rest.split(' ').next()).unwrap_or("unknown");
-            (number(rest)?, host.to_owned(), End::Killed(number(signal)? as i32))
+            let (process, signal) = rest.split_once(" exited on signal ")?;
+            let host =
+                process.split_once(" on node ").and_then(|(_, rest)| rest.split(' ').next()).unwrap_or("unknown");
+            (number(process)?, host.to_owned(), End::Killed(number(signal)? as i32))
         }
         None => {
-            let (_, rank) = after("Process name: [[")?.rsplit_once(',')?;
-            (number(rank)?, "unknown".to_owned(), End::Exited(number(after("Exit code:")?)? as i32))
+            // "[[20476,1],3]", or since Open MPI 5 "[prterun-n1-4711@1,3]".
+            let (name, code) = after("Process name: [")?.split_once("Exit code:")?;
+            let (_, rank) = name.rsplit_once(',')?;
+            (number(rank)?, "unknown".to_owned(), End::Exited(number(code)? as i32))
         }
     };
     let last_lines = Vec::new();
@@ -287,13 +291,22 @@ mod tests {
     #[test]
     fn the_rank_is_found_in_what_mpirun_says() {
         let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
-        let killed =
-            "-----\nmpirun noticed that process rank 12 with PID 0 on node n1 exited on signal 9 (Killed).\n-----";
-        let failure = reported_failure(&lines(killed)).unwrap();
-        assert_eq!((failure.rank, failure.host.as_str(), failure.end), (12, "n1", End::Killed(9)));
-        let exited = "The first process to do so was:\n\n  Process name: [[20476,1],3]\n  Exit code:    75\n-----";
-        let failure = reported_failure(&lines(exited)).unwrap();
-        assert_eq!((failure.rank, failure.end), (3, End::Exited(75)));
+        let told = |text: &str| {
+            let failure = reported_failure(&lines(text)).unwrap();
+            (failure.rank, failure.host, failure.end)
+        };
+        for killed in [
+            "-----\nmpirun noticed that process rank 12 with PID 0 on node n1 exited on signal 9 (Killed).\n-----",
+            "-----\nprterun noticed that process rank 12 with PID 4711 on node n1 exited on\nsignal 9 (Killed).\n-----",
+        ] {
+            assert_eq!(told(killed), (12, "n1".to_owned(), End::Killed(9)));
+        }
+        for exited in [
+            "The first process to do so was:\n\n  Process name: [[20476,1],3]\n  Exit code:    75\n-----",
+            "detected that one or more processes exited\n   Process name: [prterun-n1-4711@1,3]\n   Exit code:    75\n-----",
+        ] {
+            assert_eq!(told(exited), (3, "unknown".to_owned(), End::Exited(75)));
+        }
         for text in ["", "mpirun noticed that process rank", "Process name: [[1,1],x]\nExit code: 3", "no such file"] {
             assert_eq!(reported_failure(&lines(text)), None, "{text}");
         }

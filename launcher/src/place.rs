@@ -1,7 +1,7 @@
 //! Where this launcher stands: how many nodes there are, which one this is, and where they meet. Flags come first, then
 //! what `srun` says.
 
-use fsdp_control::slurm::Slurm;
+use fsdp_control::slurm::{self, Slurm};
 
 use crate::cli::RunArgs;
 use crate::failure::Failure;
@@ -26,16 +26,19 @@ impl Place {
     /// # Errors
     /// Flags that contradict each other, or a job step that is none for launchers.
     pub fn find(args: &RunArgs) -> Result<Self, Failure> {
-        let slurm = match args.nnodes {
-            Some(_) => None,
-            None => Slurm::from_env().map_err(Failure::bad_input)?,
+        let variable = |name: &str| std::env::var(name).ok();
+        let is_step = slurm::in_step();
+        let slurm = match (is_step, args.nnodes) {
+            (false, _) => None,
+            (true, None) => Slurm::from_env().map_err(Failure::bad_input)?,
+            // The flags may be for something else than this step.
+            (true, Some(_)) => Slurm::from_env().unwrap_or_default(),
         };
-        let variable = |name| std::env::var(name).ok();
         let mut place = Self::of(args, slurm.as_ref(), variable("MASTER_ADDR"), variable("MASTER_PORT"))?;
-        let num_machines = variable("SLURM_STEP_NUM_NODES").or(variable("SLURM_JOB_NUM_NODES"));
-        if let (None, Some(num)) = (args.nnodes, num_machines) {
-            place.num_machines = num.parse().map_err(|_| {
-                Failure::bad_input(format!("SLURM_JOB_NUM_NODES: expected a number of nodes, got {num:?}; unset it"))
+        let name = if is_step { "SLURM_STEP_NUM_NODES" } else { "SLURM_JOB_NUM_NODES" };
+        if let (None, Some(num)) = (args.nnodes, variable(name)) {
+            place.num_machines = num.parse().ok().filter(|num| *num > 0).ok_or_else(|| {
+                Failure::bad_input(format!("{name}: expected a number of nodes, got {num:?}; unset it"))
             })?;
         }
         Ok(place)
@@ -43,6 +46,11 @@ impl Place {
 
     /// `addr` and `port` are variables that count under `srun`, where scripts use to export them.
     fn of(args: &RunArgs, slurm: Option<&Slurm>, addr: Option<String>, port: Option<String>) -> Result<Self, Failure> {
+        let slurm = match (args.nnodes, args.node_rank) {
+            (None, _) => slurm,
+            (Some(num), None) => slurm.filter(|slurm| slurm.num_nodes == num),
+            (Some(_), Some(_)) => None,
+        };
         if let Some(slurm) = slurm
             && slurm.num_tasks > slurm.num_nodes
         {
@@ -158,6 +166,15 @@ mod tests {
             ("", Some(&step), None, place(2, 1, "n01", port)),
             ("", Some(&step), Some(("h", "7")), place(2, 1, "h", 7)),
             ("--master-port 8 --master-addr b", Some(&step), Some(("h", "7")), place(2, 1, "b", 8)),
+            ("--nnodes 2", Some(&step), None, place(2, 1, "n01", port)),
+            ("--nnodes 2 --master-addr b --master-port 8", Some(&step), None, place(2, 1, "b", 8)),
+            ("--nnodes 2 --node-rank 0 --master-addr b", Some(&step), None, place(2, 0, "b", DEFAULT_PORT)),
+            (
+                "--nnodes 3 --node-rank 2 --master-addr b",
+                Some(&self::slurm(2, 8)),
+                None,
+                place(3, 2, "b", DEFAULT_PORT),
+            ),
             ("", Some(&self::slurm(1, 1)), Some(("h", "7")), place(1, 0, "127.0.0.1", 0)),
         ] {
             let (addr, port) = variables.map(|(addr, port): (&str, &str)| (addr.to_owned(), port.to_owned())).unzip();
@@ -170,6 +187,7 @@ mod tests {
         for (flags, slurm, says) in [
             ("--nnodes 2 --master-addr a", None, "--node-rank: expected 0 to 1"),
             ("--nnodes 2 --node-rank 2 --master-addr a", None, "--node-rank: expected less than --nnodes, which is 2"),
+            ("--nnodes 3 --master-addr a", Some(slurm(2, 2)), "--node-rank: expected 0 to 2"),
             ("--node-rank 1", None, "--node-rank: expected 0"),
             ("--nnodes 2 --node-rank 0", None, "--master-addr: expected the address of node 0"),
             ("--nnodes 2 --node-rank 0 --master-addr a --master-port 0", None, "--master-port"),

@@ -16,6 +16,7 @@ use crate::backend;
 use crate::cli::{BackendArg, JobArgs};
 use crate::failure::Failure;
 use crate::mpirun::Mpirun;
+use crate::worker;
 
 /// How much of each data file is parsed before the run.
 const DATA_LIMIT_BYTES: u64 = 64 << 20;
@@ -53,6 +54,7 @@ pub fn preflight(job: &JobArgs, num_nodes: usize) -> Result<Checked, Failure> {
         vec![("config", format!("{}: {} ranks on {device} over {backend}", job.config.display(), job.nproc))];
     let mpirun = if config.fsdp.backend == Backend::Mpi { Some(Mpirun::find()?) } else { None };
     if let Some(mpirun) = &mpirun {
+        worker::check_mpi()?;
         facts.push(("mpirun", mpirun.to_string()));
     }
     let arch = load_architecture(&config)?;

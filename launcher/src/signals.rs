@@ -1,4 +1,4 @@
-//! Signals to the launcher, as bytes in two pipes that its loop waits for.
+//! Signals to the launcher, as bytes in three pipes that its loop waits for.
 
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,8 +12,10 @@ use signal_hook::low_level::pipe;
 pub struct Signals {
     /// SIGINT, a byte each.
     interrupts: UnixStream,
-    /// SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, a byte each.
+    /// SIGTERM, SIGHUP, a byte each.
     stops: UnixStream,
+    /// SIGUSR1, SIGUSR2, a byte each.
+    notices: UnixStream,
     num_interrupts: usize,
 }
 
@@ -21,8 +23,11 @@ pub struct Signals {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrived {
     Nothing,
-    /// A wish to stop: however often it is repeated, it stays one.
-    Stop,
+    /// A wish to stop: however often it is repeated, it stays one. Whoever sends SIGTERM, SIGINT or SIGHUP kills soon after;
+    /// SIGUSR1 and SIGUSR2 come from schedulers as early as the user wants (`--signal=USR1@600`), and have no deadline.
+    Stop {
+        has_deadline: bool,
+    },
     /// Ctrl-C pressed again at a terminal: the person does not want to wait.
     Force,
 }
@@ -33,31 +38,37 @@ impl Signals {
     pub fn install() -> io::Result<Self> {
         let (interrupts, interrupts_writer) = UnixStream::pair()?;
         let (stops, stops_writer) = UnixStream::pair()?;
+        let (notices, notices_writer) = UnixStream::pair()?;
         pipe::register(SIGINT, interrupts_writer)?;
-        for signal in [SIGTERM, SIGHUP, SIGUSR1, SIGUSR2] {
-            if signal != SIGHUP || !is_ignored(SIGHUP)? {
-                pipe::register(signal, stops_writer.try_clone()?)?;
-            }
+        if !is_ignored(SIGHUP)? {
+            pipe::register(SIGHUP, stops_writer.try_clone()?)?;
         }
-        interrupts.set_nonblocking(true)?;
-        stops.set_nonblocking(true)?;
-        Ok(Self { interrupts, stops, num_interrupts: 0 })
+        pipe::register(SIGTERM, stops_writer)?;
+        pipe::register(SIGUSR1, notices_writer.try_clone()?)?;
+        pipe::register(SIGUSR2, notices_writer)?;
+        for reader in [&interrupts, &stops, &notices] {
+            reader.set_nonblocking(true)?;
+        }
+        Ok(Self { interrupts, stops, notices, num_interrupts: 0 })
     }
 
     /// Readable when a signal has arrived.
-    pub fn fds(&self) -> [BorrowedFd<'_>; 2] {
-        [self.interrupts.as_fd(), self.stops.as_fd()]
+    pub fn fds(&self) -> [BorrowedFd<'_>; 3] {
+        [self.interrupts.as_fd(), self.stops.as_fd(), self.notices.as_fd()]
     }
 
     pub fn take(&mut self) -> Arrived {
         let num_stops = drain(&mut self.stops);
+        let num_notices = drain(&mut self.notices);
         let new_interrupts = drain(&mut self.interrupts);
         self.num_interrupts += new_interrupts;
         // Schedulers and wrappers repeat SIGINT too; only a person's second one means more than the first.
         if new_interrupts > 0 && self.num_interrupts > 1 && io::stdin().is_terminal() {
             Arrived::Force
         } else if new_interrupts + num_stops > 0 {
-            Arrived::Stop
+            Arrived::Stop { has_deadline: true }
+        } else if num_notices > 0 {
+            Arrived::Stop { has_deadline: false }
         } else {
             Arrived::Nothing
         }

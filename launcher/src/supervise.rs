@@ -2,7 +2,7 @@
 //! until a rank ends or prints, a signal or a message comes, a reader takes output, or a deadline passes.
 //!
 //! ```text
-//!             signal                    25 s
+//!             signal              25 s, unless SIGUSR1 or 2
 //!   Running ---------> Stopping ---------------------> Killed
 //!      |                  | a rank fails      5 s        ^
 //!      | a rank fails     +---------> Ending ------------+
@@ -58,8 +58,8 @@ pub enum Phase {
     Running,
     /// A victim was seen; its cause should show until then.
     Suspecting(Instant),
-    /// Asked by signal to stop until then.
-    Stopping(Instant),
+    /// Asked by signal to stop, until then where the signal has a deadline.
+    Stopping(Option<Instant>),
     /// A rank failed; the others have until then to end.
     Ending(Instant),
     /// All were killed; whoever is left by then is left.
@@ -72,9 +72,8 @@ impl Phase {
     fn deadline(self) -> Option<Instant> {
         match self {
             Self::Running => None,
-            Self::Suspecting(at) | Self::Stopping(at) | Self::Ending(at) | Self::Killed(at) | Self::Waiting(at) => {
-                Some(at)
-            }
+            Self::Stopping(at) => at,
+            Self::Suspecting(at) | Self::Ending(at) | Self::Killed(at) | Self::Waiting(at) => Some(at),
         }
     }
 }
@@ -147,7 +146,7 @@ impl<'a> Supervisor<'a> {
                 if self.nodes.peers.iter().all(|peer| peer.is_done) {
                     return Ok(());
                 }
-                if !matches!(self.phase, Phase::Running | Phase::Waiting(_)) {
+                if !matches!(self.phase, Phase::Running | Phase::Stopping(None) | Phase::Waiting(_)) {
                     let patience = if self.nodes.is_head { NODES_DEADLINE } else { HEAD_DEADLINE };
                     self.phase = Phase::Waiting(Instant::now() + patience);
                 }
@@ -219,7 +218,7 @@ impl<'a> Supervisor<'a> {
         match event {
             Ready::Signal => match self.signals.take() {
                 Arrived::Nothing => {}
-                Arrived::Stop => self.stop(),
+                Arrived::Stop { has_deadline } => self.stop(has_deadline),
                 Arrived::Force => self.force(),
             },
             Ready::Stdout => self.stdout.write_some(),
@@ -231,18 +230,22 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    /// Asks all ranks to finish the step, save and exit; once.
-    fn stop(&mut self) {
-        if !matches!(self.phase, Phase::Running | Phase::Suspecting(_)) {
-            return;
-        }
+    /// Asks all ranks to finish the step, save and exit; once. A wish with a deadline may come after one without.
+    fn stop(&mut self, has_deadline: bool) {
+        let is_first = match self.phase {
+            Phase::Running | Phase::Suspecting(_) => true,
+            Phase::Stopping(None) if has_deadline => false,
+            _ => return,
+        };
         self.history.stop_requested = true;
-        let secs = STOP_DEADLINE.as_secs();
-        self.stderr
-            .push_line(&format!("fsdp-launch: asked to stop; the ranks finish the step and save ({secs} s at most)"));
-        self.nodes.tell_all(&Message::Stop);
-        self.phase = Phase::Stopping(Instant::now() + STOP_DEADLINE);
-        self.ask_to_stop();
+        self.nodes.tell_all(&Message::Stop { has_deadline });
+        self.phase = Phase::Stopping(has_deadline.then(|| Instant::now() + STOP_DEADLINE));
+        if is_first {
+            let at_most =
+                if has_deadline { format!(" ({} s at most)", STOP_DEADLINE.as_secs()) } else { String::new() };
+            self.stderr.push_line(&format!("fsdp-launch: asked to stop; the ranks finish the step and save{at_most}"));
+            self.ask_to_stop();
+        }
     }
 
     fn ask_to_stop(&mut self) {
@@ -312,17 +315,11 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// A rank ended in a stop before it could take part in it: the others wait for it in vain.
-    pub fn hurry(&mut self) {
-        if let Phase::Stopping(_) = self.phase {
-            self.phase = Phase::Ending(Instant::now() + GRACE);
-        }
-    }
-
     /// Takes what another launcher has to say.
     fn hear(&mut self, index: usize) {
         self.nodes.peers[index].link.write_some();
-        while let Some(message) = self.nodes.peers[index].link.receive() {
+        self.nodes.peers[index].link.read_some();
+        while let Some(message) = self.nodes.peers[index].link.take() {
             self.take_message(index, message);
         }
         if let Some(reason) = self.nodes.peers[index].link.closed().map(str::to_owned) {
@@ -333,7 +330,7 @@ impl<'a> Supervisor<'a> {
     fn take_message(&mut self, index: usize, message: Message) {
         let peer = &mut self.nodes.peers[index];
         match message {
-            Message::Stop => self.stop(),
+            Message::Stop { has_deadline } => self.stop(has_deadline),
             Message::End => self.end_all_once(),
             Message::Kill => self.force(),
             Message::RankFailed(failure) => self.take_failure(failure),
@@ -354,7 +351,7 @@ impl<'a> Supervisor<'a> {
             }
             Message::GaveUp(farewell) => {
                 peer.is_done = true;
-                self.history.add_fault(farewell);
+                self.history.add_fault(Farewell::new(farewell.failure_status(), farewell.lines));
                 self.end_all(GRACE);
             }
             Message::Verdict(farewell) => {

@@ -143,3 +143,44 @@ fn a_machine_without_mpi_is_told_what_to_install() {
     assert_eq!(ended.status, 2, "{ended:?}");
     assert!(ended.stderr.contains("expected Open MPI or MPICH (Hydra, Intel MPI), got \"sweets 1.0\""), "{ended:?}");
 }
+
+#[test]
+fn a_worker_without_mpi_is_refused_before_mpirun_starts_it() {
+    if mpirun_version().is_none() {
+        return;
+    }
+    let job = Job::new(3);
+    std::fs::remove_file(job.path("bin/fsdp-train")).unwrap();
+    job.write("bin/fsdp-train", "#!/bin/sh\necho shm\necho nccl\n");
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(job.path("bin/fsdp-train"), executable).unwrap();
+    let ended = job.run(2, "", &MPI);
+    assert_eq!(ended.status, 2, "{ended:?}");
+    assert!(ended.stderr.contains("to be built with MPI, got one with shm, nccl; build it with"), "{ended:?}");
+    assert!(!job.path("out").exists());
+}
+
+/// SLURM may have mpirun start ranks on another node, from where this one's loopback cannot be reached; and one run of a
+/// job of several nodes may have been meant to use all of them.
+#[test]
+fn within_a_slurm_job_the_store_can_be_reached_from_other_nodes() {
+    if mpirun_version().is_none() {
+        return;
+    }
+    let job = Job::new(3);
+    let slurm = [("SLURM_JOB_ID", "7"), ("SLURM_JOB_NUM_NODES", "1")];
+    let mut command = job.command(&["--nproc", "2", "--backend", "mpi", "job.toml"]);
+    // Open MPI would ask SLURM.
+    let mpirun = [("OMPI_MCA_plm", "isolated"), ("OMPI_MCA_ras", "simulator")];
+    let ended = end(command.envs(slurm).envs(mpirun).spawn().unwrap());
+    assert_eq!(ended.status, 0, "{ended:?}\n{}", job.read("out/logs/mpirun.out"));
+    let addr = format!("master_addr: {:?}", fsdp_control::host_name());
+    assert!(job.read("out/started-1").contains(&addr), "{}", job.read("out/started-1"));
+
+    let job = Job::new(3);
+    let mut command = job.command(&["--nproc", "1", "--backend", "shm", "job.toml"]);
+    let ended = end(command.envs([("SLURM_JOB_ID", "7"), ("SLURM_JOB_NUM_NODES", "2")]).spawn().unwrap());
+    assert_eq!(ended.status, 0, "{ended:?}");
+    let warning = "fsdp-launch: warning: this SLURM job has 2 nodes, and this run uses one; use all with srun";
+    assert!(ended.stderr.starts_with(warning) && ended.stderr.lines().count() == 1, "{ended:?}");
+}

@@ -3,11 +3,13 @@
 
 mod job;
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use job::{Ended, Job, end, free_port, named, send};
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 
 /// Starts two nodes of one job in one folder: ranks 0 to `first`, and the rest.
 fn start_both(job: &Job, [first, second]: [usize; 2], script: &str, args: &[&str]) -> [Child; 2] {
@@ -179,6 +181,7 @@ fn what_does_not_fit_is_refused_on_all_nodes() {
         ("replicas", |_| {}, [&["--set", "fsdp.strategy=hybrid_shard"]; 2],
             &["[fsdp] shard_size: expected as many ranks on all nodes where it is not set, got 1 on node 0"]),
         ("no config", |job| std::fs::remove_file(job.path("job.toml")).unwrap(), [&[], &[]], &["node 1 (host ", "job.toml"]),
+        ("automatic", |_| {}, [&["--backend", "auto"]; 2], &["got \"auto\" without GPUs, which is \"mpi\""]),
         ("backend", |_| {}, [&["--backend", "mpi"]; 2], &["expected \"nccl\" with a launcher on each node, got \"mpi\""]),
     ];
     for (name, change, args, says) in cases {
@@ -338,6 +341,94 @@ fn slurms_variables_take_the_place_of_flags() {
     let ended = end(start("0", "4"));
     assert_eq!(ended.status, 2, "{ended:?}");
     assert!(ended.stderr.contains("expected one task per node for fsdp-launch, got 4 tasks on 2 nodes"), "{ended:?}");
+}
+
+/// What comes to the port and is no launcher neither ends the run nor keeps the head from its deadline.
+#[test]
+fn strangers_at_the_port_are_no_nodes() {
+    let job = Job::new(3);
+    let port = free_port();
+    let head = job.start_node(0, port, 1, "", &["--set", "fsdp.timeout_secs=3"]);
+    // More come than it has descriptors for.
+    let few = Rlimit { current: Some(40), maximum: Some(40) };
+    prlimit(Pid::from_raw(head.id() as i32), Resource::Nofile, few).unwrap();
+    let floods: Vec<_> = (0..100)
+        .map(|index| {
+            std::thread::spawn(move || {
+                let mut stream = connect(port);
+                // One sends without end, the others nothing.
+                while index == 0 && stream.write_all(&b"\"end\"\n".repeat(1000)).is_ok() {}
+                if index > 0 {
+                    let _ = stream.read(&mut [0]);
+                }
+            })
+        })
+        .collect();
+    let ended = end(head);
+    assert_eq!(ended.status, 1, "{ended:?}");
+    assert!(
+        ended.stderr.contains("node 1 did not come within 3 s") && ended.took < Duration::from_secs(6),
+        "{ended:?}"
+    );
+    floods.into_iter().for_each(|flood| flood.join().unwrap());
+}
+
+/// Even where it says so itself.
+#[test]
+fn a_node_that_cannot_start_never_ends_the_run_as_done() {
+    for (num_ranks, job_field, says) in [
+        ("1", r#"{"Err": {"status": 0, "lines": ["nothing wrong"]}}"#, "nothing wrong"),
+        ("18446744073709551615", r#"{"Ok": ""}"#, ""),
+    ] {
+        let job = Job::new(3);
+        let port = free_port();
+        let head = job.start_node(0, port, 1, "", &[]);
+        let mut stream = connect(port);
+        let version = env!("CARGO_PKG_VERSION");
+        let hello = format!(
+            r#"{{"hello": {{"version": "{version}", "num_nodes": 2, "node_rank": 1, "host": "h", "machine": "m", "num_ranks": {num_ranks}, "job": {job_field}}}}}"#
+        );
+        stream.write_all((hello + "\n").as_bytes()).unwrap();
+        let mut verdict = String::new();
+        stream.read_to_string(&mut verdict).unwrap();
+        drop(stream);
+        let ended = end(head);
+        assert!(ended.status == 1 || ended.status == 2, "{ended:?}");
+        assert!(verdict.starts_with("{\"verdict\"") && ended.stderr.contains(says), "{verdict} {ended:?}");
+        assert_eq!(job.num_ranks_started(), 0);
+    }
+}
+
+/// A node with a reason not to start keeps it for a head that comes later, and a head for nodes that do.
+#[test]
+fn a_refusal_is_heard_by_nodes_that_come_later() {
+    for late in [0, 1] {
+        let (job, other) = (Job::new(3), Job::new(3));
+        std::fs::remove_file(other.path("data.jsonl")).unwrap();
+        let port = free_port();
+        let mut refusing = other.start_node(1 - late, port, 1, "", &[]);
+        std::thread::sleep(Duration::from_secs(6));
+        assert!(refusing.try_wait().unwrap().is_none());
+        let ended = [end(job.start_node(late, port, 1, "", &[])), end(refusing)];
+        let reason = |ended: &Ended| {
+            let lines: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("data.jsonl")).collect();
+            assert_eq!((ended.status, lines.len()), (2, 1), "{ended:?}");
+            lines[0].to_owned()
+        };
+        assert_eq!(reason(&ended[0]), reason(&ended[1]));
+        assert!(ended[1].stderr.contains("fsdp-launch: waiting for "), "{ended:?}");
+        assert!(ended[0].took < Duration::from_secs(2), "{ended:?}");
+    }
+}
+
+/// Connects as soon as somebody listens.
+fn connect(port: u16) -> TcpStream {
+    loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => return stream,
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
 }
 
 /// Two network namespaces, joined by a pair of virtual interfaces. Deleted on drop.

@@ -171,6 +171,8 @@ def model_files():
 
 
 def main():
+    if len(sys.argv) > 2 or sys.argv[1:] and sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/quickstart-data")
     (folder / "model").mkdir(parents=True, exist_ok=True)
     for name, contents in model_files().items():

@@ -21,11 +21,16 @@ else
     say "the tests of MPI are skipped: no MPI library or no libclang (apt-get install libopenmpi-dev openmpi-bin libclang-dev)"
 fi
 
+{ [ "$(id -u)" = 0 ] && command -v slurmctld >/dev/null && command -v munged >/dev/null; } ||
+    say "the tests on a SLURM of two nodes are skipped: not root, or no SLURM (apt-get install slurm-wlm munge)"
+{ [ "$(id -u)" = 0 ] && command -v ip >/dev/null; } ||
+    say "the test with network namespaces is skipped: not root, or no ip (apt-get install iproute2)"
+
 # One profile for all: libtorch's bindings take minutes to compile.
 say "format";  cargo fmt --all --check
+say "quickstart"; scripts/quickstart.sh
 say "build";   cargo build --release --locked "${features[@]}"
 say "lints";   cargo clippy --release --locked --workspace --all-targets "${features[@]}" -- -D warnings
 say "docs";    RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps --quiet
 say "tests";   cargo test --release --locked --workspace "${features[@]}"
-say "quickstart"; scripts/quickstart.sh
 say "all tests passed"

@@ -61,6 +61,30 @@ fn losses_are_those_of_shared_memory() {
     }
 }
 
+/// The quickstart's own config and data.
+#[test]
+fn the_quickstart_has_the_losses_of_shared_memory() {
+    if !has_mpi() {
+        return;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let config = std::fs::read_to_string(root.join("configs/quickstart.toml")).expect("the quickstart's config");
+    for nproc in [2, 4] {
+        let [shm, mpi] = [&[][..], MPI].map(|backend| {
+            let job = Job::new();
+            job.write("job.toml", &config);
+            let script = root.join("scripts/make_quickstart.py");
+            let made = Command::new("python3").arg(script).current_dir(job.path("")).status().expect("python3");
+            assert!(made.success());
+            let dir = format!("output.dir={}", job.path("out").display());
+            let short = ["--set", "validation.prompts=[]", "--set", "checkpoint.every_steps=0", "--set", &dir];
+            job.finish(nproc, &[backend, SETTINGS, &short].concat());
+            job
+        });
+        assert_same_losses(&mpi, &shm);
+    }
+}
+
 #[test]
 fn mpirun_starts_workers_without_a_launcher() {
     if !has_mpi() {

@@ -2,6 +2,7 @@
 //!
 //! Layout:
 //! - [`engine`]: one rank's engine; walks the program.
+//! - `collectives`: gathers and reductions of a program.
 //! - `pass`: the computations of a program, and what travels through it.
 //! - `exchange`: small values between ranks, for the host.
 //! - [`groups`]: all ranks, those that share a unit's shards, and those with the same shard.
@@ -15,6 +16,7 @@
 //! - [`non_finite`]: where a NaN or infinity first appears.
 #![forbid(unsafe_code)]
 
+mod collectives;
 pub mod engine;
 mod exchange;
 pub mod groups;

@@ -5,7 +5,7 @@
 //! - `main`: the process around the trainer: signals, logs, error record, exit status.
 //! - [`bootstrap`]: the config in agreement with all ranks; what rank 0 does where no launcher has prepared the run.
 //! - [`verdict`]: how ranks that no launcher watches learn of each other's ends.
-//! - [`trainer`]: the job on one rank, from config to exported model; `Trainer::train_step`.
+//! - [`trainer`]: the job on one rank, from config to exported model; `Trainer::start_step`.
 //! - [`nodes`]: what ranks compare before they set anything up: devices, sharding, the output folder of all nodes.
 //! - [`device`]: the GPU of a rank, and the cores next to it.
 //! - [`weights`]: first weights from files or at random, and the export.

@@ -129,7 +129,7 @@ impl Job {
     }
 
     pub fn step(&self, world: &World, engine: &mut Engine, step: usize) -> StepReport {
-        engine.train_step(self.batches(world, step), self.lr, false).unwrap()
+        train_step(engine, self.batches(world, step), self.lr).unwrap()
     }
 
     /// Trains so many steps from the beginning.
@@ -142,6 +142,12 @@ impl Job {
             params: params(&mut engine),
         }
     }
+}
+
+/// One step, to its end.
+pub fn train_step(engine: &mut Engine, batches: Vec<MicroBatch>, lr: f64) -> Result<StepReport, EngineError> {
+    let started = engine.start_step(batches, lr, false)?;
+    engine.finish_step(started)
 }
 
 /// What training left, the same on all ranks.

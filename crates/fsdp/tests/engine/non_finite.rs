@@ -4,7 +4,7 @@ use fsdp::{Engine, EngineError, MicroBatch, NonFinite, StateKind};
 use fsdp_plan::Dtype;
 use tch::Device;
 
-use crate::job::{Dtypes, GLOBAL_BATCH, Job, SEQ_LEN, TIED, UNTIED, fp32, state, state_bits, write_params};
+use crate::job::{Dtypes, GLOBAL_BATCH, Job, SEQ_LEN, TIED, UNTIED, fp32, state, state_bits, train_step, write_params};
 use crate::ranks::{World, run};
 
 #[test]
@@ -30,7 +30,7 @@ fn set(engine: &mut Engine, name: &str, value: impl Fn(usize, f32) -> f32) {
 
 fn fails(world: &World, job: &Job, engine: &mut Engine) -> NonFinite {
     let before = (state_bits(engine), engine.progress().unwrap().0);
-    let error = engine.train_step(job.batches(world, 0), job.lr, false).unwrap_err();
+    let error = train_step(engine, job.batches(world, 0), job.lr).unwrap_err();
     assert_eq!((state_bits(engine), engine.progress().unwrap().0), before, "{error}");
     match error {
         EngineError::NonFinite(place) => place,
@@ -129,7 +129,7 @@ fn no_valid_token(world: &mut World) {
     let before = state_bits(&engine);
     let num_tokens = GLOBAL_BATCH / world.size * SEQ_LEN;
     let nothing = MicroBatch::new(&vec![1; num_tokens], &vec![-100; num_tokens], 0, Device::Cpu).unwrap();
-    let error = engine.train_step(vec![nothing], job.lr, false).unwrap_err();
+    let error = train_step(&mut engine, vec![nothing], job.lr).unwrap_err();
     assert!(matches!(error, EngineError::NoValidToken), "{error}");
     assert_eq!(state_bits(&engine), before);
     assert!(job.step(world, &mut engine, 0).loss.is_finite(), "the engine goes on");

@@ -28,7 +28,7 @@ use crate::preflight::{Checked, load_config, preflight};
 use crate::rank::{RankProcess, RankStart};
 use crate::signals::{Arrived, Signals};
 use crate::supervise::Supervisor;
-use crate::{machine, processes, verdict, worker};
+use crate::{processes, verdict, worker};
 
 /// How long the kernel has to end what ranks left behind.
 const ORPHAN_PATIENCE: Duration = Duration::from_secs(2);
@@ -136,7 +136,7 @@ fn meet(
         num_nodes: place.num_nodes,
         node_rank: place.node_rank,
         host: host_name(),
-        machine: machine::identity(),
+        machine: fsdp_control::machine_identity(),
         num_ranks: num_local,
         job: match &checked {
             Ok(checked) => Ok(checked.config.to_toml()),

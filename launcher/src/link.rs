@@ -59,7 +59,7 @@ pub struct Hello {
     pub num_nodes: usize,
     pub node_rank: usize,
     pub host: String,
-    /// See [`crate::machine::identity`].
+    /// See [`fsdp_control::machine_identity`].
     pub machine: String,
     /// Ranks on this node.
     pub num_ranks: usize,

@@ -37,13 +37,6 @@ pub fn threads_per_rank(num_ranks: usize) -> usize {
     (num_cores / num_ranks).max(1)
 }
 
-/// Equal for launchers whose ranks can share memory: the machine's boot and the namespace of process ids.
-pub fn identity() -> String {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    format!("{} {}", boot.trim(), namespace.display())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -37,3 +37,11 @@ pub use exit::ExitStatus;
 pub fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
+
+/// Equal for processes that can see each other in `/proc`, and so share memory: the kernel's boot and the namespace of
+/// process ids.
+pub fn machine_identity() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    format!("boot {}, {}", boot.trim(), namespace.display())
+}

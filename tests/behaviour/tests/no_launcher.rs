@@ -379,6 +379,14 @@ fn a_suspended_rank_does_not_keep_the_others() {
     };
     assert_eq!(status.code(), Some(1));
     assert!(step.stderr(0).contains("rank 1 did not "), "{}", step.stderr(0));
+    // The last collectives of who waited.
+    let text = job.read("out/logs/flight-rank-0.jsonl");
+    let calls: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    assert!((20..=256).contains(&calls.len()), "{} calls", calls.len());
+    let numbers: Vec<u64> = calls.iter().map(|call| call["seq"].as_u64().expect("a number")).collect();
+    assert!(numbers.is_sorted() && calls.iter().all(|call| call["op"].is_string() && call["issued_us"].is_u64()));
+    assert!(calls[0]["done_us"].is_u64(), "{text}");
     // Awake again, it finds that the run is over.
     step.send(1, Signal::CONT);
     assert_eq!(step.wait(), [Some(1), Some(1)]);

@@ -154,9 +154,7 @@ impl Card {
     }
 }
 
-/// Equal for processes that can see each other in `/proc`: host name, boot, PID namespace.
+/// Equal for processes that can share memory; the name is for messages.
 fn host() -> String {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    format!("{} (boot {}, {})", fsdp_control::host_name(), boot.trim(), namespace.display())
+    format!("{} ({})", fsdp_control::host_name(), fsdp_control::machine_identity())
 }

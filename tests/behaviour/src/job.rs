@@ -78,6 +78,23 @@ impl Job {
         job
     }
 
+    /// The quickstart's own config and data, without its checkpoints and prompts.
+    pub fn quickstart() -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let job = Job::new();
+        let script = root.join("scripts/make_quickstart.py");
+        let made = Command::new("python3").arg(script).current_dir(job.dir.path()).status().expect("python3");
+        assert!(made.success(), "the quickstart's data cannot be made");
+        job.write("job.toml", std::fs::read(root.join("configs/quickstart.toml")).expect("the quickstart's config"));
+        job.replace("job.toml", "\"out/quickstart\"", &format!("{:?}", job.path("out")));
+        job.replace("job.toml", "every_steps = 500", "every_steps = 0");
+        let text = job.read("job.toml");
+        let (start, rest) = text.split_once("prompts = [").expect("prompts");
+        let (_, end) = rest.split_once(']').expect("their end");
+        job.write("job.toml", format!("{start}prompts = []{end}"));
+        job
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -134,6 +151,21 @@ impl Job {
         let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
         let lines = whole.map(|line| serde_json::from_str::<Value>(line).unwrap_or_else(|e| panic!("{line}: {e}")));
         lines.filter(|line| line["loss"].is_number()).collect()
+    }
+
+    /// The loss of each step.
+    pub fn losses(&self) -> Vec<f64> {
+        self.steps().iter().map(|line| line["loss"].as_f64().expect("a step has a loss")).collect()
+    }
+
+    /// As many steps as `expected` has had, at least one, with the same losses up to 1e-6 of each.
+    #[track_caller]
+    pub fn assert_losses_of(&self, expected: &Job) {
+        let (got, expected) = (self.losses(), expected.losses());
+        assert!(got.len() == expected.len() && !got.is_empty(), "{} steps, not {}", got.len(), expected.len());
+        for (got, expected) in got.iter().zip(&expected) {
+            assert!((got - expected).abs() <= 1e-6 * expected, "a loss of {got}, expected {expected}");
+        }
     }
 
     /// Step, loss and gradient norm of each step, as written: the digits name a number's bits.

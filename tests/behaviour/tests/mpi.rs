@@ -32,19 +32,6 @@ fn has_mpi() -> bool {
     is_built && is_installed
 }
 
-/// The steps' losses are within 1e-6 of each other.
-#[track_caller]
-fn assert_same_losses(got: &Job, expected: &Job) {
-    let losses = |job: &Job| -> Vec<f64> {
-        job.steps().iter().map(|line| line["loss"].as_f64().expect("a step has a loss")).collect()
-    };
-    let (got, expected) = (losses(got), losses(expected));
-    assert_eq!((got.len(), expected.len()), (5, 5));
-    for (got, expected) in got.iter().zip(&expected) {
-        assert!((got - expected).abs() <= 1e-6 * expected, "{got} with mpi, {expected} with shm");
-    }
-}
-
 #[test]
 fn losses_are_those_of_shared_memory() {
     if !has_mpi() {
@@ -54,7 +41,7 @@ fn losses_are_those_of_shared_memory() {
         let (shm, mpi) = (Job::new(), Job::new());
         shm.finish(nproc, &[SETTINGS, more].concat());
         mpi.finish(nproc, &[MPI, SETTINGS, more].concat());
-        assert_same_losses(&mpi, &shm);
+        mpi.assert_losses_of(&shm);
         // Sums have one order in both.
         assert_eq!(mpi.curve(), shm.curve(), "{nproc} ranks, {more:?}");
         assert!(mpi.exported() == shm.exported(), "{nproc} ranks, {more:?}: the exported models differ");
@@ -67,21 +54,11 @@ fn the_quickstart_has_the_losses_of_shared_memory() {
     if !has_mpi() {
         return;
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let config = std::fs::read_to_string(root.join("configs/quickstart.toml")).expect("the quickstart's config");
     for nproc in [2, 4] {
-        let [shm, mpi] = [&[][..], MPI].map(|backend| {
-            let job = Job::new();
-            job.write("job.toml", &config);
-            let script = root.join("scripts/make_quickstart.py");
-            let made = Command::new("python3").arg(script).current_dir(job.path("")).status().expect("python3");
-            assert!(made.success());
-            let dir = format!("output.dir={}", job.path("out").display());
-            let short = ["--set", "validation.prompts=[]", "--set", "checkpoint.every_steps=0", "--set", &dir];
-            job.finish(nproc, &[backend, SETTINGS, &short].concat());
-            job
-        });
-        assert_same_losses(&mpi, &shm);
+        let (shm, mpi) = (Job::quickstart(), Job::quickstart());
+        shm.finish(nproc, SETTINGS);
+        mpi.finish(nproc, &[MPI, SETTINGS].concat());
+        mpi.assert_losses_of(&shm);
     }
 }
 
@@ -105,5 +82,5 @@ fn mpirun_starts_workers_without_a_launcher() {
     command.current_dir(mpi.path("")).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
     let ended = command.output().expect("mpirun");
     assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
-    assert_same_losses(&mpi, &shm);
+    mpi.assert_losses_of(&shm);
 }

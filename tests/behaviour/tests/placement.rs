@@ -6,20 +6,13 @@ use serde_json::Value;
 const HYBRID: &[&str] = &["--set", "fsdp.strategy=hybrid_shard", "--set", "fsdp.shard_size=2"];
 const FP32: &[&str] = &["--set", "precision.param=fp32"];
 
-fn losses(job: &Job) -> Vec<f64> {
-    job.steps().iter().map(|line| line["loss"].as_f64().expect("a step has a loss")).collect()
-}
-
 #[test]
 fn replicas_of_shards_train_save_and_resume_as_one() {
     let (full, hybrid, stopped) = (Job::new(), Job::new(), Job::new());
     full.finish(4, FP32);
     let settings = [FP32, HYBRID].concat();
     hybrid.finish(4, &settings);
-    assert_eq!(losses(&full).len(), 20);
-    for (got, expected) in losses(&hybrid).iter().zip(losses(&full)) {
-        assert!((got - expected).abs() <= 1e-6 * expected, "{got} with replicas, {expected} without");
-    }
+    hybrid.assert_losses_of(&full);
 
     // Two shards in the checkpoint, whichever replica they are of; from there on, the same bits.
     stopped.finish(4, &[&settings, &["--set", "training.steps=10", "--set", "checkpoint.every_steps=10"][..]].concat());

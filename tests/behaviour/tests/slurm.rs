@@ -149,19 +149,6 @@ impl Drop for Submitted<'_> {
     }
 }
 
-/// The steps' losses are within 1e-6 of each other.
-#[track_caller]
-fn assert_same_losses(got: &Job, expected: &Job) {
-    let losses = |job: &Job| -> Vec<f64> {
-        job.steps().iter().map(|line| line["loss"].as_f64().expect("a step has a loss")).collect()
-    };
-    let (got, expected) = (losses(got), losses(expected));
-    assert_eq!((got.len(), expected.len()), (5, 5));
-    for (got, expected) in got.iter().zip(&expected) {
-        assert!((got - expected).abs() <= 1e-6 * expected, "{got} under SLURM, {expected} without");
-    }
-}
-
 #[test]
 fn mpi_trains_over_two_nodes_to_the_losses_of_shared_memory() {
     let Some(cluster) = Cluster::start() else { return };
@@ -177,9 +164,13 @@ fn mpi_trains_over_two_nodes_to_the_losses_of_shared_memory() {
         let (slurm, shm) = (Job::new(), Job::new());
         shm.finish(2 * num_tasks, &[SETTINGS, more].concat());
         cluster.submit(&slurm, "mpi.sbatch", num_tasks, &[&["job.toml"], SETTINGS, more]).finish();
-        assert_same_losses(&slurm, &shm);
+        slurm.assert_losses_of(&shm);
         assert!(slurm.exported() == shm.exported(), "{num_tasks} ranks a node: the exported models differ");
     }
+    let (slurm, shm) = (Job::quickstart(), Job::quickstart());
+    shm.finish(2, SETTINGS);
+    cluster.submit(&slurm, "mpi.sbatch", 1, &[&["job.toml"], SETTINGS]).finish();
+    slurm.assert_losses_of(&shm);
 }
 
 #[test]
@@ -190,7 +181,7 @@ fn a_launcher_a_node_trains_over_two_nodes() {
         shm.finish(2 * nproc.parse::<usize>().expect("a number"), &[SETTINGS, more].concat());
         let args = [&["--nproc", nproc, "job.toml"], SETTINGS, SHM, more];
         cluster.submit(&slurm, "one_task_per_node.sbatch", 1, &args).finish();
-        assert_same_losses(&slurm, &shm);
+        slurm.assert_losses_of(&shm);
         assert!(slurm.exported() == shm.exported(), "{nproc} ranks a node: the exported models differ");
     }
 }
@@ -201,7 +192,7 @@ fn a_task_a_rank_trains_over_two_nodes_without_a_launcher() {
     let (slurm, shm) = (Job::new(), Job::new());
     shm.finish(4, SETTINGS);
     cluster.submit(&slurm, "one_task_per_gpu.sbatch", 2, &[&["job.toml"], SETTINGS, SHM]).finish();
-    assert_same_losses(&slurm, &shm);
+    slurm.assert_losses_of(&shm);
 
     // Over nodes, CPU ranks need MPI unless told otherwise.
     let job = Job::new();

@@ -49,23 +49,37 @@ impl Tracer {
         self.steps.is_some_and(|steps| steps.contains(step))
     }
 
-    /// Takes the timeline of a step that began at `start`; after the last traced step, or the run's last, writes all.
-    pub fn take(&mut self, step: u64, start: Instant, spans: Vec<Span>, is_last: bool) -> Result<(), TrainError> {
+    /// Takes the timeline of a step that began at `start`; after the last that is asked for, writes all.
+    pub fn take(&mut self, step: u64, start: Instant, spans: Vec<Span>) -> Result<(), TrainError> {
         let origin = *self.origin.get_or_insert(start);
         self.traced.push(TracedStep { step, start_us: (start - origin).as_secs_f64() * 1e6, spans });
-        if is_last || self.steps.is_some_and(|steps| steps.last == step) {
-            let path = write(&self.output_dir, self.rank, &self.traced)?;
-            let overlap = Overlap::of(&self.traced);
-            tracing::info!(
-                "timeline of {} steps in {}: collectives {:.3} s, of which {:.3} s exposed ({:.0} % hidden)",
-                self.traced.len(),
-                path.display(),
-                overlap.communication_secs,
-                overlap.exposed_secs,
-                100.0 * overlap.hidden()
-            );
-            self.traced.clear();
+        if self.steps.is_some_and(|steps| steps.last == step) { self.write() } else { Ok(()) }
+    }
+
+    /// The run ends, perhaps amid the steps that are asked for, or without any of them.
+    pub fn finish(&mut self) -> Result<(), TrainError> {
+        match (self.steps, self.origin) {
+            (Some(TraceSteps { first, last }), None) => {
+                tracing::warn!("[metrics] trace_steps: this run had none of the steps {first} to {last}");
+                Ok(())
+            }
+            _ if self.traced.is_empty() => Ok(()),
+            _ => self.write(),
         }
+    }
+
+    fn write(&mut self) -> Result<(), TrainError> {
+        let path = write(&self.output_dir, self.rank, &self.traced)?;
+        let overlap = Overlap::of(&self.traced);
+        tracing::info!(
+            "timeline of {} steps in {}: collectives {:.3} s, of which {:.3} s exposed ({:.0} % hidden)",
+            self.traced.len(),
+            path.display(),
+            overlap.communication_secs,
+            overlap.exposed_secs,
+            100.0 * overlap.hidden()
+        );
+        self.traced.clear();
         Ok(())
     }
 }

@@ -181,6 +181,7 @@ impl Trainer {
     pub fn run(mut self) -> Result<Outcome, TrainError> {
         match self.train() {
             Ok(outcome) => {
+                self.tracer.finish()?;
                 self.engine.close()?;
                 Ok(outcome)
             }
@@ -284,7 +285,7 @@ impl Trainer {
         self.started = Some(Started { work, facts: StepFacts { step, lr, epoch, data_time } });
         if self.tracer.traces(step) {
             let spans = self.engine.take_timeline()?;
-            self.tracer.take(step, start, spans, step == self.total_steps)?;
+            self.tracer.take(step, start, spans)?;
         }
         Ok(())
     }

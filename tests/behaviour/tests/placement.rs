@@ -88,6 +88,11 @@ fn a_timeline_of_the_chosen_steps_shows_units_segments_and_collectives() {
         }
         assert_eq!(spans.iter().filter(|e| e["args"]["step"] != 3 && e["args"]["step"] != 4).count(), 0);
     }
+    // Steps that do not come, or not all, are no reason to leave out the others or to keep silent.
+    let ended = Job::new().finish(1, &["--set", "metrics.trace_steps=19-30"]);
+    assert!(ended.stderr.contains("timeline of 2 steps"), "{ended:?}");
+    let ended = Job::new().finish(1, &["--set", "metrics.trace_steps=21-30"]);
+    assert!(ended.stderr.contains("trace_steps: this run had none of the steps 21 to 30"), "{ended:?}");
     let line = &job.steps()[5];
     assert_eq!(line["mfu"].as_f64(), line["tflops"].as_f64().map(|tflops| tflops / 0.5));
 }

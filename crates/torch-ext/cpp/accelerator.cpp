@@ -22,14 +22,6 @@ FTE_API char* fte_accelerator_count(int32_t* count) {
   return fte::guarded([&] { *count = at::accelerator::deviceCount(); });
 }
 
-FTE_API char* fte_accelerator_current(int32_t* type, int32_t* index) {
-  return fte::guarded([&] {
-    auto kind = at::accelerator::getAccelerator(/*checked=*/true).value();
-    *index = at::accelerator::getDeviceIndex();
-    *type = static_cast<int32_t>(kind);
-  });
-}
-
 FTE_API char* fte_accelerator_set_current(int32_t index) {
   return fte::guarded([&] { at::accelerator::setDeviceIndex(index_of(index)); });
 }

@@ -88,5 +88,3 @@ FTE_API char* fte_event_synchronize(const c10::Event* event) {
 FTE_API char* fte_event_elapsed_ms(const c10::Event* start, const c10::Event* end, double* ms) {
   return fte::guarded([&] { *ms = start->elapsedTime(*end); });
 }
-
-FTE_API void* fte_event_native_handle(const c10::Event* event) { return event->eventId(); }

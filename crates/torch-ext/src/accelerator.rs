@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char};
 use tch::Device;
 
 use crate::error::{TorchError, check};
-use crate::ffi::{self, device_code, device_of};
+use crate::ffi::{self, device_code};
 
 /// Loads `libtorch_cuda.so`, so that libtorch knows CUDA devices. Call it first, at the start of the process: libtorch
 /// looks for its CUDA half once. A second call does nothing.
@@ -94,14 +94,6 @@ pub fn device_count() -> Result<usize, TorchError> {
 
 pub fn is_available() -> bool {
     device_count().is_ok_and(|n| n > 0)
-}
-
-/// The device that operations of this thread go to; an error where there is no accelerator.
-pub fn current() -> Result<Device, TorchError> {
-    let (mut device_type, mut index) = (0, 0);
-    // SAFETY: both are places for one i32.
-    check("accelerator::current", unsafe { ffi::fte_accelerator_current(&mut device_type, &mut index) })?;
-    device_of("accelerator::current", device_type, index)
 }
 
 pub fn set_current(device: Device) -> Result<(), TorchError> {

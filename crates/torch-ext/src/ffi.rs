@@ -148,10 +148,8 @@ unsafe extern "C" {
     pub(crate) fn fte_event_query(event: *const CEvent, done: *mut bool) -> *mut c_char;
     pub(crate) fn fte_event_synchronize(event: *const CEvent) -> *mut c_char;
     pub(crate) fn fte_event_elapsed_ms(start: *const CEvent, end: *const CEvent, ms: *mut f64) -> *mut c_char;
-    pub(crate) fn fte_event_native_handle(event: *const CEvent) -> *mut c_void;
 
     pub(crate) fn fte_accelerator_count(count: *mut i32) -> *mut c_char;
-    pub(crate) fn fte_accelerator_current(device_type: *mut i32, index: *mut i32) -> *mut c_char;
     pub(crate) fn fte_accelerator_set_current(index: i32) -> *mut c_char;
     pub(crate) fn fte_accelerator_synchronize(index: i32) -> *mut c_char;
     pub(crate) fn fte_accelerator_memory_stats(index: i32, stats: *mut RawMemoryStats) -> *mut c_char;

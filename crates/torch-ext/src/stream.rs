@@ -206,15 +206,6 @@ impl Event {
             _ => Err(TorchError::new(OP, "expected two events of one device type, made with timing and recorded")),
         }
     }
-
-    /// The device library's own handle, a `cudaEvent_t` on CUDA; null before the first record, and on CPU.
-    pub fn native_handle(&self) -> *mut c_void {
-        match self.0 {
-            Inner::Cpu { .. } => std::ptr::null_mut(),
-            // SAFETY: the event is alive while borrowed.
-            Inner::Device(event) => unsafe { ffi::fte_event_native_handle(event) },
-        }
-    }
 }
 
 impl Drop for Event {

@@ -27,7 +27,7 @@ fn events_of_the_cpu_are_done_when_they_are_recorded() {
         if recorded {
             event.record(&stream).unwrap();
         }
-        assert!(event.query().unwrap() && event.native_handle().is_null());
+        assert!(event.query().unwrap());
         stream.wait(&event).unwrap();
         event.synchronize().unwrap();
     }
@@ -73,7 +73,6 @@ fn without_an_accelerator_there_are_no_devices() {
     }
     assert_eq!(accelerator::device_count().unwrap(), 0);
     for error in [
-        accelerator::current().unwrap_err(),
         accelerator::set_current(Device::Cuda(0)).unwrap_err(),
         accelerator::reset_peak_memory(Device::Cuda(0)).unwrap_err(),
     ] {

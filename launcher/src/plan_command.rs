@@ -50,6 +50,7 @@ fn as_json(plan: &Plan, device_bytes: Option<u64>) -> Value {
             "total": peak.total_bytes(),
         },
         "offloaded_bytes": peak.offloaded,
+        "checkpoint_copy_bytes": plan.checkpoint_copy_bytes,
         "num_all_gathers": replay.num_all_gathers,
         "all_gather_bytes": replay.all_gather_bytes,
         "reduce_scatter_bytes": replay.reduce_scatter_bytes,

@@ -39,6 +39,13 @@ pub enum ConfigError {
     GlobalBatch { global_batch_size: u64, micro_batch_size: u64, world_size: u64 },
 
     #[error(
+        "the checkpoint was trained with {global_batch_size} sequences a step, which do not divide evenly into microbatches \
+         of {micro_batch_size} on {world_size} ranks; start a number of ranks that divides {}",
+        global_batch_size / micro_batch_size
+    )]
+    KeepGlobalBatch { global_batch_size: u64, micro_batch_size: u64, world_size: u64 },
+
+    #[error(
         "[fsdp] shard_size: expected a divisor of the {world_size} ranks, got {shard_size}{}; set it, or start another \
          number of ranks",
         if *.is_default { " (the ranks of a node, which is the default)" } else { "" }

@@ -73,6 +73,23 @@ impl JobConfig {
         }
     }
 
+    /// Makes a step take `global_batch_size` sequences on any number of ranks, as it did where a checkpoint was saved.
+    ///
+    /// # Errors
+    /// [`ConfigError::KeepGlobalBatch`] if they do not divide evenly among `world_size` ranks. Where the config itself
+    /// names the global batch, that is left to [`JobConfig::num_microbatches`].
+    pub fn keep_global_batch(&mut self, global_batch_size: u64, world_size: u64) -> Result<(), ConfigError> {
+        let micro_batch_size = self.training.micro_batch_size;
+        if let Batch::Accumulation(_) = self.training.batch {
+            let num = global_batch_size / (micro_batch_size * world_size);
+            if num * micro_batch_size * world_size != global_batch_size {
+                return Err(ConfigError::KeepGlobalBatch { global_batch_size, micro_batch_size, world_size });
+            }
+            self.training.batch = Batch::Accumulation(num);
+        }
+        Ok(())
+    }
+
     /// Ranks that a unit is sharded over in a run of `world_size` ranks, `local_world_size` on each node.
     ///
     /// # Errors
@@ -129,6 +146,13 @@ choices! {
         FullShard = "full_shard",
         /// The same over `shard_size` ranks; such groups are replicas, and their gradients are all-reduced.
         HybridShard = "hybrid_shard",
+    }
+    /// What becomes of a step whose loss or gradient is not finite. It never changes the weights.
+    OnNonfinite {
+        /// The run ends.
+        Stop = "stop",
+        /// The next step follows; the run ends after ten such steps in a row.
+        Skip = "skip",
     }
     /// What makes a unit.
     Wrap {
@@ -283,6 +307,7 @@ pub struct Training {
     pub seed: u64,
     /// Use only kernels that give the same bits each time (CPU runs always do).
     pub deterministic: bool,
+    pub on_nonfinite: OnNonfinite,
 }
 
 /// How long a run is.
@@ -332,9 +357,10 @@ pub struct Checkpoint {
     pub every_steps: u64,
     /// How many of the newest checkpoints stay; at least 2.
     pub keep: u64,
+    /// Checkpoints of multiples of so many steps stay besides; 0 = none.
+    pub keep_every: u64,
     pub resume: Resume,
-    /// `async`: write behind the next steps. Its default becomes `true` when it is built; until then only `false`
-    /// is accepted, which is also the default.
+    /// `async`: training goes on as soon as the state is copied, and the copy is written behind it.
     pub async_save: bool,
 }
 

@@ -23,11 +23,12 @@ pub(crate) const TABLES: &[(&str, &[&str])] = &[
             "max_grad_norm",
             "seed",
             "deterministic",
+            "on_nonfinite",
         ],
     ),
     ("data", &["train", "format", "shuffle", "packing"]),
     ("validation", &["data", "every_steps", "prompts", "max_new_tokens"]),
-    ("checkpoint", &["every_steps", "keep", "resume", "async"]),
+    ("checkpoint", &["every_steps", "keep", "keep_every", "resume", "async"]),
     ("metrics", &["log_every", "tensorboard", "trace_steps", "peak_tflops"]),
     ("output", &["dir", "dtype"]),
 ];

@@ -223,6 +223,7 @@ fn training(s: &mut Section) -> Result<Training, ConfigError> {
         max_grad_norm: (max_grad_norm > 0.0).then_some(max_grad_norm),
         seed: s.integer("seed", 0..=i64::MAX as u64)?.map_or(0, |taken| taken.value),
         deterministic: s.boolean("deterministic", false)?,
+        on_nonfinite: s.choice("on_nonfinite", OnNonfinite::CHOICES, &[])?.unwrap_or(OnNonfinite::Stop),
     })
 }
 
@@ -265,7 +266,8 @@ fn checkpoint(s: &mut Section) -> Result<Checkpoint, ConfigError> {
                 path => Resume::Path(path.into()),
             },
         },
-        async_save: s.off("async")?,
+        keep_every: s.integer("keep_every", 0..=MAX_STEPS)?.map_or(0, |taken| taken.value),
+        async_save: s.boolean("async", true)?,
     })
 }
 

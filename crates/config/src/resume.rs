@@ -7,6 +7,9 @@ use crate::job::JobConfig;
 const MAY_DIFFER: &[&str] = &[
     "training.steps",
     "training.epochs",
+    "training.on_nonfinite",
+    "fsdp.strategy",
+    "fsdp.shard_size",
     "fsdp.prefetch",
     "fsdp.backend",
     "fsdp.device",

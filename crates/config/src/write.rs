@@ -86,6 +86,7 @@ impl JobConfig {
         add("training", "max_grad_norm", self.training.max_grad_norm.unwrap_or(0.0).into());
         add("training", "seed", integer(self.training.seed));
         add("training", "deterministic", self.training.deterministic.into());
+        add("training", "on_nonfinite", self.training.on_nonfinite.name().into());
 
         add("data", "train", paths(&self.data.train));
         add("data", "format", self.data.format.name().into());
@@ -101,6 +102,7 @@ impl JobConfig {
 
         add("checkpoint", "every_steps", integer(self.checkpoint.every_steps));
         add("checkpoint", "keep", integer(self.checkpoint.keep));
+        add("checkpoint", "keep_every", integer(self.checkpoint.keep_every));
         add(
             "checkpoint",
             "resume",

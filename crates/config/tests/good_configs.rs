@@ -60,6 +60,7 @@ global_batch_size = 48
 max_grad_norm = 0
 seed = 9223372036854775807
 deterministic = true
+on_nonfinite = \"skip\"
 [data]
 train = [\"a.jsonl\", \"b.jsonl\"]
 format = \"alpaca\"
@@ -73,6 +74,7 @@ max_new_tokens = 5
 [checkpoint]
 every_steps = 0
 keep = 3
+keep_every = 50
 resume = \"out/checkpoints/step-00000010\"
 async = false
 [metrics]
@@ -125,10 +127,11 @@ fn a_minimal_config_gets_the_defaults_of_the_interface() {
             max_grad_norm: Some(1.0),
             seed: 0,
             deterministic: false,
+            on_nonfinite: OnNonfinite::Stop,
         },
         data: Data { train: vec!["a.jsonl".into()], format: Format::Auto, shuffle: true, packing: false },
         validation: None,
-        checkpoint: Checkpoint { every_steps: 500, keep: 2, resume: Resume::Auto, async_save: false },
+        checkpoint: Checkpoint { every_steps: 500, keep: 2, keep_every: 0, resume: Resume::Auto, async_save: true },
         metrics: Metrics { log_every: 10, tensorboard: false, trace_steps: None, peak_tflops: None },
         output: Output { dir: "out".into(), dtype: OutputDtype::Auto },
     };

@@ -2,6 +2,7 @@
 
 use fsdp_config::{Backend, ConfigError, Device, JobConfig, Recompute};
 
+use crate::replay::checkpoint_copy_bytes;
 use crate::{Architecture, DeviceKind, Dtype, Plan, PlanInput, Strategy};
 
 impl Plan {
@@ -35,10 +36,14 @@ impl Plan {
             },
             offload: config.fsdp.offload,
         };
-        Ok(Plan::new(arch, &input, |name| {
+        let mut plan = Plan::new(arch, &input, |name| {
             let (param, reduce) = config.precision.dtypes_of(name);
             (param.into(), reduce.into())
-        }))
+        });
+        if config.checkpoint.async_save && config.checkpoint.every_steps > 0 {
+            plan.checkpoint_copy_bytes = checkpoint_copy_bytes(&plan);
+        }
+        Ok(plan)
     }
 }
 

@@ -48,6 +48,8 @@ pub struct Plan {
     pub compute_dtype: Dtype,
     pub device: DeviceKind,
     pub offload: Offload,
+    /// The copy of a rank's state from which a checkpoint is written behind the steps, in the host's memory; 0 without.
+    pub checkpoint_copy_bytes: u64,
     pub training: Vec<Step>,
     pub forward_only: Vec<Step>,
     pub replay: Replay,
@@ -85,6 +87,7 @@ impl Plan {
             compute_dtype: input.compute_dtype,
             device: input.device,
             offload: input.offload,
+            checkpoint_copy_bytes: 0,
             training,
             forward_only,
             replay: Replay::default(),
@@ -160,6 +163,10 @@ impl fmt::Display for Plan {
         }
         if m.offloaded > 0 {
             writeln!(f, "  offloaded       {:>12}  in the host's memory", format_bytes(m.offloaded))?;
+        }
+        if self.checkpoint_copy_bytes > 0 {
+            let bytes = format_bytes(self.checkpoint_copy_bytes);
+            writeln!(f, "  checkpoint copy {bytes:>12}  in the host's memory besides, while a checkpoint is written")?;
         }
         writeln!(f)?;
         writeln!(f, "one training step of one rank")?;

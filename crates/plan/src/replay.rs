@@ -85,17 +85,14 @@ pub const OFFLOAD_CHUNK_NUMEL: usize = 16 << 20;
 
 /// Memory that is allocated once, at start: sums over the layout.
 pub fn static_memory(plan: &Plan) -> Memory {
-    let shard_elements: usize =
-        plan.layouts.iter().flat_map(|l| &l.groups).map(|g| g.shard_numel(plan.num_shards)).sum();
-    let fp32_bytes = (shard_elements * Dtype::Fp32.size_bytes()) as u64;
+    let fp32_bytes = fp32_shard_bytes(plan);
+    let shard_elements = fp32_bytes as usize / Dtype::Fp32.size_bytes();
     let param_bytes: usize = plan
         .layouts
         .iter()
         .flat_map(|l| &l.groups)
         .map(|g| g.shard_numel(plan.num_shards) * g.param_dtype.size_bytes())
         .sum();
-    // Pinned memory comes in powers of two.
-    let host_bytes = if plan.device == DeviceKind::Gpu { fp32_bytes.next_power_of_two() } else { fp32_bytes };
     let chunk_bytes = (shard_elements.min(OFFLOAD_CHUNK_NUMEL) * Dtype::Fp32.size_bytes()) as u64;
     let (master, optimizer, offload_buffers) = match plan.offload {
         Offload::None => (fp32_bytes, 2 * fp32_bytes, 0),
@@ -106,12 +103,28 @@ pub fn static_memory(plan: &Plan) -> Memory {
         master,
         optimizer,
         offload_buffers,
-        offloaded: (3 - (master + optimizer) / fp32_bytes.max(1)) * host_bytes,
+        offloaded: (3 - (master + optimizer) / fp32_bytes.max(1)) * host_bytes(plan, fp32_bytes),
         grad_shards: fp32_bytes,
         slots: plan.slots.slot_bytes.iter().sum::<usize>() as u64,
         grad_buffers: plan.slots.grad_bytes.iter().sum::<usize>() as u64,
         ..Memory::default()
     }
+}
+
+/// A copy of a rank's master weights and moments in the host's memory.
+pub fn checkpoint_copy_bytes(plan: &Plan) -> u64 {
+    3 * host_bytes(plan, fp32_shard_bytes(plan))
+}
+
+/// One fp32 tensor as large as all shards of a rank.
+fn fp32_shard_bytes(plan: &Plan) -> u64 {
+    let groups = plan.layouts.iter().flat_map(|l| &l.groups);
+    groups.map(|g| g.shard_numel(plan.num_shards) * Dtype::Fp32.size_bytes()).sum::<usize>() as u64
+}
+
+/// What a tensor takes in the host's memory: next to a GPU it is pinned, which comes in powers of two.
+fn host_bytes(plan: &Plan, tensor_bytes: u64) -> u64 {
+    if plan.device == DeviceKind::Gpu { tensor_bytes.next_power_of_two() } else { tensor_bytes }
 }
 
 /// Walks `steps`, a program of `plan`. Sizes too large for 64 bits count as the largest number.

@@ -126,10 +126,19 @@ impl Dataset {
         self.files.iter().map(|f| f.lines.scanned_bytes()).sum()
     }
 
+    /// File and line of sample `index` of the files' order, as `train.jsonl:18`.
+    pub(crate) fn place(&self, index: u64) -> Result<String, DataError> {
+        let DataFile { lines, first_sample, .. } = &self.files[self.file_of(index)];
+        Ok(format!("{}:{}", lines.path().display(), lines.number(index - first_sample)?))
+    }
+
+    fn file_of(&self, index: u64) -> usize {
+        self.files.partition_point(|f| f.first_sample <= index) - 1
+    }
+
     /// Reads, parses and tokenises sample `index` of the files' order.
     pub(crate) fn sample(&self, index: u64) -> Result<Sample, DataError> {
-        let file = self.files.partition_point(|f| f.first_sample <= index) - 1;
-        let DataFile { lines, format, first_sample } = &self.files[file];
+        let DataFile { lines, format, first_sample } = &self.files[self.file_of(index)];
         let line = index - first_sample;
         let sample = format
             .parse(&lines.read(line)?)

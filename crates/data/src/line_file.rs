@@ -161,6 +161,11 @@ impl LineFile {
         })
     }
 
+    /// Number of line `index` in the file, from 1.
+    pub(crate) fn number(&self, index: u64) -> Result<u64, DataError> {
+        self.line_number(self.starts[index as usize])
+    }
+
     fn line_number(&self, offset: u64) -> Result<u64, DataError> {
         let mut chunk = vec![0; CHUNK_BYTES];
         let mut line = 1;

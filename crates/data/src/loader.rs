@@ -79,6 +79,24 @@ impl Loader {
         Ok(micro_batches)
     }
 
+    /// Where the samples come from that rank `rank` has in these sequences of its microbatch of the step at `position`, as
+    /// `train.jsonl:18`; masked sequences have none.
+    pub fn places(
+        &self,
+        position: Position,
+        rank: usize,
+        microbatch: usize,
+        sequences: &[usize],
+    ) -> Result<Vec<String>, DataError> {
+        let order = order_of(&self.dataset, position.epoch);
+        let first = position.sample + ((microbatch * self.world_size + rank) * self.micro_batch_size) as u64;
+        let indices = sequences.iter().map(|sequence| first + *sequence as u64);
+        indices
+            .filter(|index| *index < self.dataset.num_samples())
+            .map(|index| self.dataset.place(order.sample(index)))
+            .collect()
+    }
+
     /// Optimizer steps that an epoch takes from its beginning, the last of them perhaps with masked sequences.
     pub fn steps_per_epoch(&self) -> u64 {
         self.dataset.num_samples().div_ceil(self.global_batch())
@@ -110,7 +128,7 @@ impl Loader {
     }
 
     /// Sequences of a step over all ranks.
-    fn global_batch(&self) -> u64 {
+    pub fn global_batch(&self) -> u64 {
         (self.micro_batch_size * self.accumulation * self.world_size) as u64
     }
 

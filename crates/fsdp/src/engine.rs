@@ -13,6 +13,7 @@ use fsdp_plan::{Dtype, Offload, Plan, Step, UnitId};
 use fsdp_torch_ext::{Event, Stream, pinned};
 use tch::{Device, Kind, Tensor};
 
+use crate::non_finite::BadFlow;
 use crate::optimizer::Optimizer;
 use crate::pass::{HeadMode, Pass, to_device};
 use crate::scaler::{DeviceScaler, MIN_SCALE};
@@ -20,7 +21,7 @@ use crate::state::{ParamShard, Piece};
 use crate::timeline::{Lane, Span, Timeline};
 use crate::unit::UnitState;
 use crate::update::GradParts;
-use crate::{AdamWConfig, EngineError, Groups, LossScaler, MicroBatch};
+use crate::{AdamWConfig, EngineError, Groups, LossScaler, MicroBatch, NonFinite};
 
 /// Settings of the engine that the plan does not hold.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +33,8 @@ pub struct EngineConfig {
     pub adamw: AdamWConfig,
     /// Gradients are scaled down to this global norm; `None` leaves them as they are.
     pub max_grad_norm: Option<f64>,
+    /// A step whose loss or gradient is not finite is left out; else it is an error.
+    pub skip_non_finite: bool,
 }
 
 impl EngineConfig {
@@ -40,8 +43,17 @@ impl EngineConfig {
     }
 }
 
+/// How long a rank was busy with its last step, without waiting for others.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pace {
+    /// Loading data and, on CPUs, computing. The host of a GPU cannot tell computing from waiting.
+    pub busy: Duration,
+    /// Loading data alone.
+    pub data: Duration,
+}
+
 /// What one training step tells.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct StepReport {
     /// Mean cross-entropy over the valid tokens of all ranks and microbatches, before the update.
     pub loss: f64,
@@ -50,13 +62,17 @@ pub struct StepReport {
     /// Valid tokens of all ranks and microbatches.
     pub num_tokens: u64,
     /// fp16 only: gradients overflowed, the loss scale was halved and nothing updated.
-    pub skipped: bool,
+    pub overflowed: bool,
+    /// Something was not finite, and the step was left out.
+    pub non_finite: Option<NonFinite>,
     /// Some rank asked to stop after this step.
     pub stop: bool,
     /// Time in which this rank's host waited for, or executed, collectives; on GPUs it only gives them to the device.
     pub comm_time: Duration,
     /// The most memory that a rank has had so far; the largest over ranks.
     pub peak_memory_bytes: u64,
+    /// What each rank gave to [`Engine::start_step`].
+    pub paces: Vec<Pace>,
 }
 
 /// A training step that the device works on; [`Engine::finish_step`] tells what became of it.
@@ -64,7 +80,7 @@ pub struct StepReport {
 #[must_use = "a started step ends in Engine::finish_step"]
 pub struct StartedStep {
     batches: Vec<MicroBatch>,
-    verdict: Tensor, // f64 [6] in the host's memory, see `Engine::update`
+    verdict: Tensor, // f64 [6 + 2 * ranks] in the host's memory, see `Engine::update`
     /// The verdict is there.
     done: Event,
     comm_time: Duration,
@@ -209,12 +225,18 @@ impl Engine {
     }
 
     /// One optimizer step over this rank's microbatches, which must be as many as the plan's accumulation. Collective.
-    /// `stop` is this rank's wish to stop after the step; the report has the wish of any rank.
-    pub fn start_step(&mut self, batches: Vec<MicroBatch>, lr: f64, stop: bool) -> Result<StartedStep, EngineError> {
+    /// `stop` is this rank's wish to stop after the step; the report has the wish of any rank, and the `pace` of all.
+    pub fn start_step(
+        &mut self,
+        batches: Vec<MicroBatch>,
+        lr: f64,
+        stop: bool,
+        pace: Pace,
+    ) -> Result<StartedStep, EngineError> {
         let mut pass = Pass::new(&batches, self.units.len(), HeadMode::Loss, self.device)?;
         let num_stops = self.backward_pass(&mut pass, stop)?;
         let start = self.mark()?;
-        let verdict = self.update(&mut pass, &num_stops, lr)?;
+        let verdict = self.update(&mut pass, &num_stops, pace, lr)?;
         if let (Some(timeline), Some(start)) = (&mut self.timeline, start) {
             timeline.span(Lane::Compute, "clip gradients, optimizer step".to_string(), start)?;
         }
@@ -227,31 +249,41 @@ impl Engine {
     /// Waits for the step's end. Steps are finished in the order of their starts.
     ///
     /// # Errors
-    /// The step had no valid token, or something was not finite: it has changed nothing, and neither has any later one.
+    /// The step had no valid token, or something was not finite and is not to be left out: it has changed nothing, and
+    /// neither has any later one.
     pub fn finish_step(&mut self, step: StartedStep) -> Result<StepReport, EngineError> {
         step.done.synchronize()?;
         self.groups.check()?;
         let verdict = Vec::<f64>::try_from(&step.verdict)?;
-        let &[loss, grad_norm, num_tokens, num_stops, scale, peak_memory_bytes] = verdict.as_slice() else {
-            unreachable!("a verdict has six numbers");
+        let &[loss, grad_norm, num_tokens, num_stops, scale, peak_memory_bytes, ref paces @ ..] = verdict.as_slice()
+        else {
+            unreachable!("a verdict starts with six numbers");
         };
-        let skipped = self.scaler.is_some() && !grad_norm.is_finite() && loss.is_finite() && scale >= MIN_SCALE;
+        let overflowed = self.scaler.is_some() && !grad_norm.is_finite() && loss.is_finite() && scale >= MIN_SCALE;
         let is_finite = loss.is_finite() && grad_norm.is_finite();
-        if !is_finite && !skipped {
+        let mut non_finite = None;
+        if !is_finite && !overflowed {
             let _ = self.halted.f_zero_()?;
-            return Err(match num_tokens {
-                0.0 => EngineError::NoValidToken,
-                _ => EngineError::NonFinite(self.find_non_finite(&step.batches)?),
-            });
+            if num_tokens == 0.0 {
+                return Err(EngineError::NoValidToken);
+            }
+            let place = self.find_non_finite(&step.batches)?;
+            if !self.config.skip_non_finite {
+                return Err(EngineError::NonFinite(place));
+            }
+            non_finite = Some(place);
         }
+        let micros = |micros: f64| Duration::from_micros(micros as u64);
         Ok(StepReport {
             loss,
             grad_norm,
             num_tokens: num_tokens as u64,
-            skipped,
+            overflowed,
+            non_finite,
             stop: num_stops > 0.0,
             comm_time: step.comm_time,
             peak_memory_bytes: peak_memory_bytes as u64,
+            paces: paces.chunks_exact(2).map(|p| Pace { busy: micros(p[0]), data: micros(p[1]) }).collect(),
         })
     }
 
@@ -296,12 +328,13 @@ impl Engine {
     }
 
     /// The first unit whose output is not finite on this rank. Collective.
-    pub(crate) fn first_non_finite_output(&mut self, batch: &MicroBatch) -> Result<Option<UnitId>, EngineError> {
+    pub(crate) fn first_non_finite_output(&mut self, batch: &MicroBatch) -> Result<Option<BadFlow>, EngineError> {
         let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss, self.device)?;
         pass.find_non_finite = true;
         self.forward_only(&mut pass)?;
         let head_overflowed = !pass.loss_sum.f_double_value(&[])?.is_finite();
-        Ok(pass.first_non_finite.or(head_overflowed.then_some(self.units.len() - 1)))
+        let in_head = || BadFlow { unit: self.units.len() - 1, microbatch: 0, sequences: 0 };
+        Ok(pass.first_non_finite.or_else(|| head_overflowed.then(in_head)))
     }
 
     fn forward_only(&mut self, pass: &mut Pass<'_>) -> Result<(), EngineError> {

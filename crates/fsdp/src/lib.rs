@@ -10,6 +10,7 @@
 //! - `update`: the end of a step: loss, gradient norm, and the update of the shards.
 //! - [`optimizer`]: AdamW over the shards; [`offload`]: with its state in the host's memory.
 //! - [`state`]: the training state by pieces of parameters, and the account of memory.
+//! - [`snapshot`]: the state of one moment, for a checkpoint.
 //! - [`scaler`]: the dynamic loss scale for fp16.
 //! - [`init`]: random weights that depend on seed and name only.
 //! - [`timeline`]: what happened when in the steps that are traced.
@@ -26,17 +27,19 @@ pub mod offload;
 pub mod optimizer;
 mod pass;
 pub mod scaler;
+pub mod snapshot;
 pub mod state;
 pub mod timeline;
 pub mod unit;
 mod update;
 
-pub use engine::{Engine, EngineConfig, StartedStep, StepReport};
+pub use engine::{Engine, EngineConfig, Pace, StartedStep, StepReport};
 pub use groups::Groups;
-pub use non_finite::NonFinite;
+pub use non_finite::{NonFinite, Sequences};
 pub use optimizer::AdamWConfig;
 pub use pass::MicroBatch;
 pub use scaler::LossScaler;
+pub use snapshot::Snapshot;
 pub use state::{Piece, Place, StateKind};
 pub use timeline::{Lane, Span};
 

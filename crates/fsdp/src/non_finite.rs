@@ -15,11 +15,55 @@ pub enum NonFinite {
     /// Weights are not finite already.
     Weight { rank: usize, unit: String, param: String },
     /// Weights are finite, the output of a unit's forward pass is not.
-    Output { rank: usize, unit: String },
-    /// Only gradients are not finite; the one of the unit nearest to the loss is named.
+    Output { unit: String, at: Sequences },
+    /// Outputs are finite, what a unit's backward pass hands on is not.
+    OutputGradient { unit: String, at: Sequences },
+    /// Only a parameter's gradient is not finite, summed over ranks; that of the unit nearest to the loss is named, and a
+    /// rank that holds its shard.
     Gradient { rank: usize, unit: String, param: String },
     /// Computed again over the same weights and tokens, all is finite; or with fp16 at its last loss scale.
     Gone,
+}
+
+/// Sequences of one rank's microbatch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sequences {
+    pub rank: usize,
+    pub microbatch: usize,
+    /// Indices in the microbatch, below 63; empty where nobody knows.
+    pub sequences: Vec<usize>,
+}
+
+/// Where on this rank a unit's output, or what its backward hands on, is not finite.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BadFlow {
+    pub unit: UnitId,
+    pub microbatch: usize,
+    /// A bit for each of the first 63 sequences.
+    pub sequences: i64,
+}
+
+impl BadFlow {
+    /// `None` where all of `flow` (`[N, D]`) is finite. Waits for the device.
+    pub fn find(flow: &Tensor, unit: UnitId, microbatch: usize, seq_len: usize) -> Result<Option<Self>, EngineError> {
+        if is_finite(flow)? {
+            return Ok(None);
+        }
+        let by_sequence = flow.f_isfinite()?.f_reshape([-1, seq_len as i64 * flow.size()[1]])?.f_all_dim(1, false)?;
+        let by_sequence = Vec::<bool>::try_from(by_sequence)?;
+        let bad = by_sequence.iter().take(63).enumerate().filter(|(_, finite)| !**finite);
+        Ok(Some(BadFlow { unit, microbatch, sequences: bad.fold(0, |bits, (i, _)| bits | 1 << i) }))
+    }
+}
+
+impl NonFinite {
+    /// The sequences that the person should look at.
+    pub fn sequences(&self) -> Option<&Sequences> {
+        match self {
+            NonFinite::Output { at, .. } | NonFinite::OutputGradient { at, .. } => Some(at),
+            NonFinite::Weight { .. } | NonFinite::Gradient { .. } | NonFinite::Gone => None,
+        }
+    }
 }
 
 impl fmt::Display for NonFinite {
@@ -30,15 +74,21 @@ impl fmt::Display for NonFinite {
                 "loss is not finite: rank {rank} holds NaN or infinity in the weight {param} of unit {unit}: \
                  the last updates overflowed (lower [optimizer] lr?), or the model's file holds them"
             ),
-            NonFinite::Output { rank, unit } => {
-                write!(
-                    f,
-                    "loss is not finite: on rank {rank} the output of unit {unit} is the first that is NaN or infinite"
-                )
-            }
-            NonFinite::Gradient { rank, unit, param } => {
-                write!(f, "gradient is not finite: rank {rank}, unit {unit}, parameter {param}")
-            }
+            NonFinite::Output { unit, at } => write!(
+                f,
+                "loss is not finite: on rank {} the output of unit {unit} is the first that is NaN or infinite",
+                at.rank
+            ),
+            NonFinite::OutputGradient { unit, at } => write!(
+                f,
+                "gradient is not finite: on rank {} the backward pass of unit {unit} is the first that gives NaN or infinity",
+                at.rank
+            ),
+            NonFinite::Gradient { rank, unit, param } => write!(
+                f,
+                "gradient is not finite: in the shard of rank {rank} that of parameter {param}, unit {unit}, is NaN or \
+                 infinite"
+            ),
             NonFinite::Gone => write!(
                 f,
                 "a gradient was not finite, and is finite when it is computed again: with fp16 the loss scale is at its \
@@ -68,15 +118,19 @@ impl Engine {
             let (rank, unit, param) = name(self, found);
             return Ok(NonFinite::Weight { rank, unit, param });
         }
-        for batch in batches {
-            let bad_output = self.first_non_finite_output(batch)?;
-            if let Some((rank, unit, _)) = self.first_over_ranks(bad_output.map(|u| (u, 0)), false)? {
-                return Ok(NonFinite::Output { rank, unit: self.units[unit].name.clone() });
+        for (microbatch, batch) in batches.iter().enumerate() {
+            let bad_output = self.first_non_finite_output(batch)?.map(|bad| BadFlow { microbatch, ..bad });
+            if let Some((unit, at)) = self.first_flow_over_ranks(bad_output, false)? {
+                return Ok(NonFinite::Output { unit, at });
             }
         }
         // The next step may have begun to overwrite them.
         let mut pass = Pass::new(batches, self.units.len(), HeadMode::Loss, self.device)?;
+        pass.find_non_finite = true;
         let _ = self.backward_pass(&mut pass, false)?;
+        if let Some((unit, at)) = self.first_flow_over_ranks(pass.first_non_finite, true)? {
+            return Ok(NonFinite::OutputGradient { unit, at });
+        }
         let bad_grad = self.grad_parts.last_non_finite()?;
         let found = self.first_over_ranks(place(self, bad_grad), true)?;
         Ok(found.map_or(NonFinite::Gone, |found| {
@@ -90,6 +144,20 @@ impl Engine {
         let piece = &self.pieces[piece];
         let params = &self.plan.units[piece.unit].params;
         (piece.unit, params.iter().position(|p| p.name == piece.name).expect("pieces are of the plan's parameters"))
+    }
+
+    /// The unit and sequences of the first of the ranks' places in forward order, or of the last one. Collective.
+    fn first_flow_over_ranks(
+        &mut self,
+        flow: Option<BadFlow>,
+        last: bool,
+    ) -> Result<Option<(String, Sequences)>, EngineError> {
+        let found = self.first_over_ranks(flow.map(|flow| (flow.unit, 0)), last)?;
+        let Some((rank, unit, _)) = found else { return Ok(None) };
+        let of_ranks = self.all_gather(&flow.map_or([0, 0], |flow| [flow.microbatch as i64, flow.sequences]))?;
+        let (microbatch, bits) = (of_ranks[2 * rank] as usize, of_ranks[2 * rank + 1]);
+        let sequences = (0..63).filter(|i| bits >> i & 1 == 1).collect();
+        Ok(Some((self.units[unit].name.clone(), Sequences { rank, microbatch, sequences })))
     }
 
     /// (rank, unit, index) of the first place over all ranks in forward order, or of the last one.

@@ -8,7 +8,7 @@ use fsdp_torch_ext::pinned;
 use tch::{Device, Kind, Tensor};
 
 use crate::engine::timed;
-use crate::non_finite::is_finite;
+use crate::non_finite::BadFlow;
 use crate::timeline::Lane;
 use crate::unit::UnitState;
 use crate::{Engine, EngineError};
@@ -62,9 +62,9 @@ pub(crate) struct Pass<'a> {
     pub num_tokens: Tensor,
     pub comm_time: Duration,
     pub head: HeadMode<'a>,
-    /// Looks for the first unit whose output is not finite.
+    /// Looks for the first unit whose output is not finite, or the gradient that its backward hands on.
     pub find_non_finite: bool,
-    pub first_non_finite: Option<UnitId>,
+    pub first_non_finite: Option<BadFlow>,
 }
 
 /// What the head does in a forward-only pass.
@@ -96,6 +96,15 @@ impl<'a> Pass<'a> {
             find_non_finite: false,
             first_non_finite: None,
         })
+    }
+
+    /// Makes `flow`, from `unit`, what the next unit takes.
+    fn hand_on(&mut self, flow: Tensor, unit: UnitId, microbatch: usize, seq_len: usize) -> Result<(), EngineError> {
+        if self.find_non_finite && self.first_non_finite.is_none() {
+            self.first_non_finite = BadFlow::find(&flow, unit, microbatch, seq_len)?;
+        }
+        self.flow = Some(flow);
+        Ok(())
     }
 
     fn take_flow(&mut self) -> Tensor {
@@ -143,11 +152,7 @@ impl Engine {
                 return Ok(());
             }
         };
-        if pass.find_non_finite && pass.first_non_finite.is_none() && !is_finite(&y)? {
-            pass.first_non_finite = Some(unit);
-        }
-        pass.flow = Some(y);
-        Ok(())
+        pass.hand_on(y, unit, microbatch, self.config.seq_len)
     }
 
     pub(crate) fn loss(&mut self, unit: UnitId, microbatch: usize, pass: &mut Pass<'_>) -> Result<(), EngineError> {
@@ -169,8 +174,7 @@ impl Engine {
             &mut |segment| self.timeline.iter_mut().for_each(|timeline| timeline.segment(segment)),
         )?;
         let _ = pass.loss_sum.f_add_(&out.loss_sum)?;
-        pass.flow = Some(out.dx);
-        Ok(())
+        pass.hand_on(out.dx, unit, microbatch, self.config.seq_len)
     }
 
     pub(crate) fn backward(&mut self, unit: UnitId, microbatch: usize, pass: &mut Pass<'_>) -> Result<(), EngineError> {
@@ -187,7 +191,8 @@ impl Engine {
                     Kept::Input(x) => block.recompute(&state.params, x, &self.rope, shape, &mut mark)?,
                 };
                 let (params, grads) = (&state.params, &state.grads);
-                pass.flow = Some(block.backward(params, grads, activations, dy, &self.rope, shape, &mut mark)?);
+                let dx = block.backward(params, grads, activations, dy, &self.rope, shape, &mut mark)?;
+                pass.hand_on(dx, unit, microbatch, self.config.seq_len)?;
             }
             UnitKind::Head => unreachable!("the head's backward is the loss step"),
         }

@@ -31,7 +31,7 @@ impl Piece {
 }
 
 /// `t` itself where it is in the host's memory, else a copy.
-fn on_host(t: &Tensor) -> Result<Tensor, EngineError> {
+pub(crate) fn on_host(t: &Tensor) -> Result<Tensor, EngineError> {
     Ok(t.f_to_device(Device::Cpu)?)
 }
 
@@ -71,6 +71,10 @@ pub enum StateKind {
     ExpAvgSq,
 }
 
+impl StateKind {
+    pub const ALL: [StateKind; 3] = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq];
+}
+
 /// What the trainer reads and writes: state by pieces, the group, the account of memory.
 impl Engine {
     pub fn plan(&self) -> &Plan {
@@ -104,14 +108,9 @@ impl Engine {
     pub fn read_state<E: From<EngineError>>(
         &self,
         kind: StateKind,
-        mut f: impl FnMut(&Piece, &[f32]) -> Result<(), E>,
+        f: impl FnMut(&Piece, &[f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.synchronize()?;
-        for piece in &self.pieces {
-            let here = on_host(&piece.view(self.state(kind))?)?;
-            ext::with_f32_slice(&here, |elements| f(piece, elements)).map_err(EngineError::from)??;
-        }
-        Ok(())
+        self.live_state()?.read(kind, f)
     }
 
     /// The same to change the elements: they hold what is there, and what `f` leaves goes there. Waits for the device.
@@ -136,7 +135,7 @@ impl Engine {
         Ok(self.synchronize()?)
     }
 
-    fn state(&self, kind: StateKind) -> &Tensor {
+    pub(crate) fn state(&self, kind: StateKind) -> &Tensor {
         match kind {
             StateKind::Param => &self.optimizer.master,
             StateKind::ExpAvg => &self.optimizer.exp_avg,
@@ -144,7 +143,7 @@ impl Engine {
         }
     }
 
-    fn synchronize(&self) -> Result<(), EngineError> {
+    pub(crate) fn synchronize(&self) -> Result<(), EngineError> {
         if self.device != Device::Cpu {
             ext::accelerator::synchronize(self.device)?;
         }

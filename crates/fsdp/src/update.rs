@@ -8,12 +8,19 @@ use tch::{Device, Kind, Tensor};
 use crate::engine::timed;
 use crate::optimizer::Update;
 use crate::pass::{Pass, to_device};
-use crate::{Engine, EngineError, Piece};
+use crate::{Engine, EngineError, Pace, Piece};
 
 impl Engine {
     /// Updates the shards, or leaves them where something is not finite. Returns what the host has to know, in its memory
-    /// once the stream is there: loss, gradient norm, tokens, `num_stops`, loss scale, the ranks' peak memory; f64 `[6]`.
-    pub(crate) fn update(&mut self, pass: &mut Pass<'_>, num_stops: &Tensor, lr: f64) -> Result<Tensor, EngineError> {
+    /// once the stream is there: loss, gradient norm, tokens, `num_stops`, loss scale, the ranks' peak memory, then each
+    /// rank's `pace` (busy, data, in microseconds); f64 `[6 + 2 * ranks]`.
+    pub(crate) fn update(
+        &mut self,
+        pass: &mut Pass<'_>,
+        num_stops: &Tensor,
+        pace: Pace,
+        lr: f64,
+    ) -> Result<Tensor, EngineError> {
         let loss_scale = self.loss_scale()?;
         let (loss, grad_norm) = self.loss_and_grad_norm(pass, &loss_scale)?;
 
@@ -22,6 +29,7 @@ impl Engine {
         let bad = as_flag(&loss.f_isfinite()?.f_logical_and(&grad_norm.f_isfinite()?)?)?;
         // With fp16 an overflow of gradients is part of the course, as long as the loss scale can fall.
         let is_fatal = match &self.scaler {
+            _ if self.config.skip_non_finite => bad.f_zeros_like()?,
             Some(scaler) => bad.f_mul(&scaler.is_at_end()?)?.f_maximum(&loss_bad)?,
             None => bad.shallow_clone(),
         };
@@ -41,10 +49,14 @@ impl Engine {
             scaler.update(&bad)?;
             scale = scaler.scale.f_to_kind(Kind::Double)?;
         }
-        let peak = to_device(&[self.peak_memory_bytes()? as i64], self.device)?;
-        pass.comm_time += timed(|| Ok(self.groups.world().all_reduce(&peak, ReduceOp::Max)?))?;
-        let peak = peak.f_sum(Kind::Double)?;
-        Self::to_host(&Tensor::f_stack(&[&loss, &grad_norm, &pass.num_tokens, num_stops, &scale, &peak], 0)?)
+        let (rank, world_size) = (self.groups.world().rank(), self.groups.world().world_size());
+        let mut of_ranks = vec![0; 1 + 2 * world_size];
+        of_ranks[0] = self.peak_memory_bytes()? as i64;
+        of_ranks[1 + 2 * rank..][..2].copy_from_slice(&[pace.busy, pace.data].map(|time| time.as_micros() as i64));
+        let of_ranks = to_device(&of_ranks, self.device)?;
+        pass.comm_time += timed(|| Ok(self.groups.world().all_reduce(&of_ranks, ReduceOp::Max)?))?;
+        let of_all = Tensor::f_stack(&[&loss, &grad_norm, &pass.num_tokens, num_stops, &scale], 0)?;
+        Self::to_host(&Tensor::f_cat(&[of_all, of_ranks.f_to_kind(Kind::Double)?], 0)?)
     }
 
     /// Global mean loss, and the global norm of the unscaled gradients; padding is no part of any piece.

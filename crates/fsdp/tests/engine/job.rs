@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use fsdp::{AdamWConfig, Engine, EngineConfig, EngineError, MicroBatch, Piece, StateKind, StepReport, init};
+use fsdp::{AdamWConfig, Engine, EngineConfig, EngineError, MicroBatch, Pace, Piece, StateKind, StepReport, init};
 use fsdp_comm::ReduceOp;
 use fsdp_plan::{Architecture, DeviceKind, Dtype, Offload, Plan, PlanInput, Strategy};
 use tch::{Device, Tensor};
@@ -73,6 +73,10 @@ impl Job {
     }
 
     pub fn engine(&self, world: &mut World) -> Engine {
+        self.engine_with(world, |config| config)
+    }
+
+    pub fn engine_with(&self, world: &mut World, change: impl FnOnce(EngineConfig) -> EngineConfig) -> Engine {
         let arch = Architecture::parse(Path::new("config.json"), self.model).unwrap();
         let input = PlanInput {
             num_shards: world.size / self.num_replicas,
@@ -95,9 +99,10 @@ impl Job {
             // A large eps: a weight whose gradient is rounding noise then stays where it is.
             adamw: AdamWConfig { beta1: 0.9, beta2: 0.99, eps: 1e-3, weight_decay: 0.1 },
             max_grad_norm: Some(0.5),
+            skip_non_finite: false,
         };
         let groups = world.groups(plan.num_shards);
-        let mut engine = Engine::new(plan, config, groups).unwrap();
+        let mut engine = Engine::new(plan, change(config), groups).unwrap();
         write_params(&mut engine, |piece, values| init::fill(3, &piece.name, piece.init, piece.start, values, 1));
         engine
     }
@@ -146,7 +151,7 @@ impl Job {
 
 /// One step, to its end.
 pub fn train_step(engine: &mut Engine, batches: Vec<MicroBatch>, lr: f64) -> Result<StepReport, EngineError> {
-    let started = engine.start_step(batches, lr, false)?;
+    let started = engine.start_step(batches, lr, false, Pace::default())?;
     engine.finish_step(started)
 }
 

@@ -1,6 +1,8 @@
 //! A step that is not finite names its first place, the same on all ranks, and changes nothing.
 
-use fsdp::{Engine, EngineError, MicroBatch, NonFinite, StateKind};
+use std::time::Duration;
+
+use fsdp::{Engine, EngineConfig, EngineError, MicroBatch, NonFinite, Pace, StateKind};
 use fsdp_plan::Dtype;
 use tch::Device;
 
@@ -15,7 +17,10 @@ fn what_is_not_finite_is_named_and_changes_nothing() {
 pub fn rank(world: &mut World) {
     weights(world);
     outputs(world);
+    sequences(world);
     gradients(world);
+    skipped(world);
+    paces(world);
     no_valid_token(world);
 }
 
@@ -81,7 +86,12 @@ fn outputs(world: &mut World) {
             let fresh = state(&engine, StateKind::Param);
             params.iter().for_each(|param| set(&mut engine, param, |i, _| if i % 3 == 0 { -value } else { value }));
             let place = fails(world, &job, &mut engine);
-            assert_eq!(place, NonFinite::Output { rank: 0, unit: expected.to_string() }, "{params:?} in {compute}");
+            match place {
+                NonFinite::Output { unit, at } => {
+                    assert_eq!((unit.as_str(), at.rank, at.microbatch), (expected, 0, 0), "{params:?} in {compute}");
+                }
+                other => panic!("{other}"),
+            }
             // The engine is as good as before: with the old weights back it trains as a new one.
             let mut fresh = fresh.as_slice();
             write_params(&mut engine, |_, values| {
@@ -98,8 +108,89 @@ fn outputs(world: &mut World) {
     let job = Job { compute: Dtype::Fp16, dtypes: fp16, ..Job::new(TIED) };
     let mut engine = job.engine(world);
     set(&mut engine, "model.embed_tokens.weight", |_, _| 1e5);
-    let place = fails(world, &job, &mut engine);
-    assert_eq!(place, NonFinite::Output { rank: 0, unit: "embed_tokens".to_string() });
+    match fails(world, &job, &mut engine) {
+        NonFinite::Output { unit, at } => {
+            let all: Vec<usize> = (0..GLOBAL_BATCH / world.size).collect();
+            assert_eq!((unit.as_str(), at.rank, at.sequences), ("embed_tokens", 0, all));
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// A token that one sequence of one rank's second microbatch has alone: that sequence is named on all ranks.
+fn sequences(world: &mut World) {
+    const TOKEN: usize = 39;
+    let culprit = world.size - 1;
+    let job = Job { accumulation: 2, ..poisoned_token_job() };
+    let mut engine = job.engine(world);
+    poison(&mut engine, TOKEN, 40);
+    let batches = job.batches(world, 0);
+    if world.rank == culprit {
+        let _ = batches[1].ids.narrow(0, SEQ_LEN as i64, 2).fill_(TOKEN as i64);
+    }
+    match train_step(&mut engine, batches, job.lr).unwrap_err() {
+        EngineError::NonFinite(place) => {
+            let at = place.sequences().unwrap_or_else(|| panic!("{place}"));
+            assert_eq!((at.rank, at.microbatch, at.sequences.as_slice()), (culprit, 1, &[1][..]), "{place}");
+        }
+        error => panic!("{error}"),
+    }
+}
+
+/// Its norms divide by numbers that are almost 0.
+fn poisoned_token_job() -> Job {
+    Job::new(
+        r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+        "initializer_range": 1}"#,
+    )
+}
+
+/// Gives a token an embedding whose products overflow.
+fn poison(engine: &mut Engine, token: usize, vocab_size: usize) {
+    write_params(engine, |piece, values| {
+        if piece.name == "model.embed_tokens.weight" {
+            let hidden = piece.shape.iter().product::<usize>() / vocab_size;
+            for (i, x) in values.iter_mut().enumerate() {
+                if (piece.start + i) / hidden == token {
+                    *x = 3e38;
+                }
+            }
+        }
+    });
+}
+
+/// Where such steps are to be left out, each says so, changes nothing, and the next one trains.
+fn skipped(world: &mut World) {
+    const TOKEN: usize = 39;
+    let job = poisoned_token_job();
+    let mut engine = job.engine_with(world, |config| EngineConfig { skip_non_finite: true, ..config });
+    poison(&mut engine, TOKEN, 40);
+    let before = state_bits(&engine);
+    for _ in 0..2 {
+        let batches = job.batches(world, 0);
+        let _ = batches[0].ids.narrow(0, 0, 2).fill_(TOKEN as i64);
+        let report = train_step(&mut engine, batches, job.lr).unwrap();
+        assert!(report.non_finite.is_some());
+        assert_eq!(state_bits(&engine), before);
+    }
+    let report = job.step(world, &mut engine, 0);
+    assert!(report.non_finite.is_none() && report.loss.is_finite());
+    assert_ne!(state_bits(&engine), before);
+    assert_eq!(engine.progress().unwrap().0, 1, "steps that were left out do not count");
+}
+
+/// Every rank hears how long each was busy.
+fn paces(world: &mut World) {
+    let job = Job::new(TIED);
+    let mut engine = job.engine(world);
+    let pace = |rank: usize| Pace {
+        busy: Duration::from_millis(10 * rank as u64 + 3),
+        data: Duration::from_micros(rank as u64),
+    };
+    let started = engine.start_step(job.batches(world, 0), job.lr, false, pace(world.rank)).unwrap();
+    let report = engine.finish_step(started).unwrap();
+    assert_eq!(report.paces, (0..world.size).map(pace).collect::<Vec<_>>());
 }
 
 fn fp16(_: &str) -> (Dtype, Dtype) {

@@ -1,6 +1,6 @@
 //! Where state is kept and among whom it is sharded does not change what comes out.
 
-use fsdp::{EngineError, Lane, NonFinite};
+use fsdp::{EngineError, Lane, NonFinite, Pace};
 use fsdp_plan::{Dtype, Offload, Step};
 
 use crate::job::{Dtypes, Job, ODD, QWEN3, TIED, UNTIED, distance, fp32, params, write_params};
@@ -95,8 +95,9 @@ pub fn rank_ahead(world: &mut World) {
     let job = Job::new(UNTIED);
     let expected = job.train(world, STEPS);
     let mut engine = job.engine(world);
-    let started: Vec<_> =
-        (0..STEPS).map(|step| engine.start_step(job.batches(world, step), job.lr, step == 3).unwrap()).collect();
+    let started: Vec<_> = (0..STEPS)
+        .map(|step| engine.start_step(job.batches(world, step), job.lr, step == 3, Pace::default()).unwrap())
+        .collect();
     let reports: Vec<_> = started.into_iter().map(|step| engine.finish_step(step).unwrap()).collect();
     assert_eq!(reports.iter().map(|r| r.loss).collect::<Vec<_>>(), expected.losses);
     assert_eq!(reports.iter().map(|r| r.stop).collect::<Vec<_>>(), [false, false, false, true, false]);
@@ -112,7 +113,8 @@ pub fn rank_ahead(world: &mut World) {
         }
     });
     let before = params(&mut engine);
-    let [bad, next] = [0, 1].map(|step| engine.start_step(job.batches(world, step), job.lr, false).unwrap());
+    let [bad, next] =
+        [0, 1].map(|step| engine.start_step(job.batches(world, step), job.lr, false, Pace::default()).unwrap());
     match engine.finish_step(bad).unwrap_err() {
         EngineError::NonFinite(NonFinite::Gradient { unit, .. }) => assert_eq!(unit, "embed_tokens"),
         other => panic!("{other}"),

@@ -109,7 +109,7 @@ fn fp16_backs_off(world: &mut World) {
     let mut num_skipped = 0;
     let first_loss = loop {
         let report = job.step(world, &mut engine, 0);
-        if !report.skipped {
+        if !report.overflowed {
             break report.loss;
         }
         num_skipped += 1;

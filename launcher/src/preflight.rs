@@ -83,10 +83,10 @@ impl Checked {
     pub fn check_ranks(&self, num_ranks: usize, num_local_ranks: usize) -> Result<(), Failure> {
         let config = &self.config;
         config.num_microbatches(num_ranks as u64).map_err(Failure::bad_input)?;
-        let num_shards = config.num_shards(num_ranks as u64, num_local_ranks as u64).map_err(Failure::bad_input)?;
+        config.num_shards(num_ranks as u64, num_local_ranks as u64).map_err(Failure::bad_input)?;
         let checkpoints = sharded::list(&config.output.dir.join("checkpoints")).map_err(Failure::bad_input)?;
         match (&config.checkpoint.resume, checkpoints.last()) {
-            (Resume::Auto, Some((_, path))) | (Resume::Path(path), _) => check_saved_config(path, config, num_shards),
+            (Resume::Auto, Some((_, path))) | (Resume::Path(path), _) => check_saved_config(path, config, num_ranks),
             (Resume::Auto | Resume::Never, _) => Ok(()),
         }
     }
@@ -250,17 +250,14 @@ fn check_output(config: &JobConfig) -> Result<String, Failure> {
 
 /// Refuses a config that does not continue the checkpoint's. A manifest that cannot be read is the workers' affair: they
 /// validate checkpoints in full and may fall back to an older one.
-fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_shards: u64) -> Result<(), Failure> {
+fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_ranks: usize) -> Result<(), Failure> {
     let Ok(text) = std::fs::read(checkpoint.join("manifest.json")) else { return Ok(()) };
     let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { return Ok(()) };
     let origin = format!("{} (saved config)", checkpoint.display());
-    if manifest.world_size as u64 != num_shards {
-        return Err(Failure::bad_input(format!(
-            "cannot continue {}: expected {} shards, one a rank, as it was saved, got {num_shards}; another number is not \
-             built yet",
-            checkpoint.display(),
-            manifest.world_size
-        )));
+    if let Some(global_batch_size) = manifest.meta.trainer["global_batch_size"].as_u64() {
+        config.clone().keep_global_batch(global_batch_size, num_ranks as u64).map_err(|error| {
+            Failure::bad_input(format!("cannot continue {}: {error}", checkpoint.display()))
+        })?;
     }
     let saved = JobConfig::parse(&origin, &manifest.meta.config).map_err(Failure::bad_input)?;
     compatible_for_resume(&saved, config).map_err(|differences| {

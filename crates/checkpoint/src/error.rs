@@ -74,6 +74,15 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// The files are not what was committed, and never will be again. Otherwise another try may succeed.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            CheckpointError::Manifest { .. } | CheckpointError::FileSize { .. } | CheckpointError::Digest { .. } => true,
+            CheckpointError::Io { error, .. } => error.kind() == io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
+
     /// For `map_err`: an I/O error with what was tried and on which path.
     pub(crate) fn io(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |error| CheckpointError::Io { op, path: path.to_path_buf(), error }

@@ -20,5 +20,5 @@ mod writer;
 
 pub use manifest::{ChunkEntry, FileEntry, Manifest, ManifestMeta, State};
 pub use reader::{Checkpoint, Newest, Skipped, newest_valid};
-pub use retention::{abort, keep_newest, list, set_aside, sweep};
+pub use retention::{abort, check_space, list, retain, set_aside, sweep};
 pub use writer::{Chunk, ShardReport, ShardWriter, commit};

@@ -23,7 +23,9 @@ pub fn start_logging(log_dir: &Path, env: &WorkerEnv) -> io::Result<()> {
     let path = log_dir.join(format!("rank-{}.log", env.rank));
     let file: File = OpenOptions::new().create(true).append(true).open(path)?;
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env_lossy();
-    let to_file = fmt::layer().with_writer(Mutex::new(file)).with_ansi(false).with_filter(filter);
+    // A full disk is no reason to stop, nor to say so with each line.
+    let to_file =
+        fmt::layer().with_writer(Mutex::new(file)).log_internal_errors(false).with_ansi(false).with_filter(filter);
     let level = if env.rank == 0 { LevelFilter::INFO } else { LevelFilter::WARN };
     let stderr = Stderr { clear: env.terminal_width.is_some() && env.rank == 0 };
     let to_stderr = fmt::layer()

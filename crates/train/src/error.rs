@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use fsdp::EngineError;
+use fsdp::{EngineError, NonFinite};
 use fsdp_checkpoint::CheckpointError;
 use fsdp_comm::CommError;
 use fsdp_config::ConfigError;
@@ -36,11 +36,25 @@ pub enum TrainError {
     Torch(#[from] fsdp_torch_ext::TorchError),
     #[error("{path}: {source}", path = path.display())]
     Io { path: PathBuf, source: std::io::Error },
+    #[error("{place}{}; the weights are unchanged", of_samples(.samples))]
+    NonFinite {
+        place: NonFinite,
+        /// Where the samples come from that it appeared with, if that is known.
+        samples: Vec<String>,
+    },
     /// The config, or the data, does not go with what the output folder holds.
     #[error("{0}")]
     BadInput(String),
     #[error("rank {rank} sent {what} that cannot be read: {source}")]
     Message { rank: usize, what: &'static str, source: serde_json::Error },
+}
+
+fn of_samples(samples: &[String]) -> String {
+    match samples {
+        [] => String::new(),
+        [one] => format!(", for the sample {one}"),
+        _ => format!(", for the samples {}", samples.join(", ")),
+    }
 }
 
 impl TrainError {
@@ -66,7 +80,7 @@ impl TrainError {
                 ErrorKind::BadInput
             }
             TrainError::Engine(EngineError::NoValidToken) => ErrorKind::BadInput,
-            TrainError::Engine(EngineError::NonFinite(_)) => ErrorKind::NonFinite,
+            TrainError::NonFinite { .. } | TrainError::Engine(EngineError::NonFinite(_)) => ErrorKind::NonFinite,
             TrainError::Comm(e) | TrainError::Engine(EngineError::Comm(e)) => e.error_kind(),
             TrainError::Checkpoint(
                 CheckpointError::Io { .. } | CheckpointError::NoSpace { .. } | CheckpointError::Reports { .. },

@@ -27,13 +27,15 @@ pub struct StepLine {
     pub data_time_s: f64,
     pub comm_time_s: f64,
     pub epoch: u64,
+    /// Index in the epoch's order of all samples of the first one of the step.
+    pub first_sample: u64,
     /// Operations of the model, see [`crate::mfu`], and their share of the device's peak, of one rank.
     pub tflops: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mfu: Option<f64>,
     #[serde(flatten)]
     pub allocator: Option<AllocatorFigures>,
-    /// fp16: the gradient overflowed and nothing was updated.
+    /// Nothing was updated: an fp16 gradient overflowed, or something was not finite and was to be left out.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,
 }
@@ -60,6 +62,10 @@ pub struct ValidationLine {
 pub struct StepLines {
     path: PathBuf,
     file: File,
+    /// Of whole lines.
+    len_bytes: u64,
+    /// A line could not be written.
+    has_failed: bool,
 }
 
 impl StepLines {
@@ -80,14 +86,23 @@ impl StepLines {
             keep_bytes += len as u64;
         }
         file.set_len(keep_bytes).map_err(io)?;
-        Ok(StepLines { path: path.to_path_buf(), file })
+        Ok(StepLines { path: path.to_path_buf(), file, len_bytes: keep_bytes, has_failed: false })
     }
 
-    /// Appends one line; it is in the file when this returns.
-    pub fn write(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
+    /// Appends one line; it is in the file when this returns. A full disk costs lines and a warning, not the run.
+    pub fn write(&mut self, line: &impl Serialize) {
         let mut text = serde_json::to_vec(line).expect("plain fields are always representable as JSON");
         text.push(b'\n');
-        self.file.write_all(&text).map_err(|source| TrainError::Io { path: self.path.clone(), source })
+        match self.file.write_all(&text) {
+            Ok(()) => self.len_bytes += text.len() as u64,
+            Err(error) => {
+                // No half line stays; where even that fails, the next start cuts it off.
+                let _ = self.file.set_len(self.len_bytes);
+                if !std::mem::replace(&mut self.has_failed, true) {
+                    tracing::warn!("{}: lines are missing from here on: {error}", self.path.display());
+                }
+            }
+        }
     }
 }
 
@@ -113,7 +128,7 @@ mod tests {
         ] {
             std::fs::write(&path, text).unwrap();
             let mut file = StepLines::open(&path, step).unwrap();
-            file.write(&ValidationLine { step: 9, val_loss: 0.5, val_tokens: 3 }).unwrap();
+            file.write(&ValidationLine { step: 9, val_loss: 0.5, val_tokens: 3 });
             let expected = format!("{kept}{{\"step\":9,\"val_loss\":0.5,\"val_tokens\":3}}\n");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
         }

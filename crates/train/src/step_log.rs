@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use fsdp::StepReport;
+use fsdp_data::Position;
 use fsdp_torch_ext::accelerator;
 use tch::Device;
 
@@ -36,7 +37,8 @@ pub struct Rates {
 pub struct StepFacts {
     pub step: u64,
     pub lr: f64,
-    pub epoch: u64,
+    /// Where its samples begin.
+    pub position: Position,
     pub data_time: Duration,
 }
 
@@ -53,7 +55,7 @@ impl StepLog {
 
     /// A step has ended.
     pub fn step(&mut self, facts: &StepFacts, report: &StepReport, device: Device) -> Result<(), TrainError> {
-        let &StepFacts { step, lr, epoch, data_time } = facts;
+        let &StepFacts { step, lr, position, data_time } = facts;
         let now = Instant::now();
         let step_time = now - self.last_step_end;
         self.last_step_end = now;
@@ -72,14 +74,15 @@ impl StepLog {
                 peak_memory_bytes: report.peak_memory_bytes,
                 data_time_s: data_time.as_secs_f64(),
                 comm_time_s: report.comm_time.as_secs_f64(),
-                epoch,
+                epoch: position.epoch,
+                first_sample: position.sample,
                 tflops,
                 mfu,
                 allocator: allocator_figures(device)?,
-                skipped: report.skipped,
-            })?;
+                skipped: report.overflowed || report.non_finite.is_some(),
+            });
         }
-        if report.skipped {
+        if report.overflowed {
             tracing::warn!("step {step}: fp16 gradients overflowed; loss scale halved, nothing updated");
         }
         let steps_left = u32::try_from(self.total_steps - step).unwrap_or(u32::MAX);

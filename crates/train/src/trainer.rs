@@ -4,27 +4,31 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use fsdp::{AdamWConfig, Engine, EngineConfig, Groups, MicroBatch, StartedStep};
+use fsdp::{
+    AdamWConfig, Engine, EngineConfig, EngineError, Groups, MicroBatch, NonFinite, Pace, StartedStep, StepReport,
+};
 use fsdp_comm::ProcessGroup;
-use fsdp_config::{self as config, Backend, JobConfig};
+use fsdp_config::{self as config, Backend, JobConfig, OnNonfinite};
 use fsdp_control::env::WorkerEnv;
 use fsdp_control::progress::ProgressHandle;
 use fsdp_control::stop::StopFlag;
 use fsdp_control::store::Store;
-use fsdp_data::{DataSpec, Dataset, Loader};
+use fsdp_data::{DataSpec, Dataset, Loader, Position};
 use fsdp_plan::{Architecture, Plan};
 use fsdp_torch_ext::accelerator;
 use tch::Device;
 
 use crate::bootstrap::resolve_backend;
-use crate::checkpoints::{Checkpoints, TrainerState};
+use crate::checkpoints::{self, Inputs, TrainerState};
 use crate::console::Console;
 use crate::device;
 use crate::error::{STEP, TrainError};
 use crate::metrics::{StepLines, ValidationLine};
 use crate::mfu;
 use crate::nodes;
+use crate::saver::Saver;
 use crate::step_log::{Rates, StepFacts, StepLog};
+use crate::stragglers::Stragglers;
 use crate::traces::Tracer;
 use crate::validation::Validator;
 use crate::weights::{self, Exported};
@@ -43,11 +47,11 @@ pub struct Trainer {
     config: JobConfig,
     rank: usize,
     engine: Engine,
-    store: Store,
     loader: Loader,
     validator: Validator,
-    checkpoints: Checkpoints,
+    saver: Saver,
     log: StepLog,
+    stragglers: Stragglers,
     /// Rank 0's, while it trains.
     answers: Option<StepLines>,
     tracer: Tracer,
@@ -60,15 +64,22 @@ pub struct Trainer {
     started: Option<Started>,
     /// A rank was asked to stop, as the last verdict says.
     stops: bool,
-    /// The step of the newest committed checkpoint of this run.
-    saved_step: Option<u64>,
+    /// Of this rank in the last step.
+    pace: Pace,
+    /// Steps in a row that were left out because something was not finite.
+    num_left_out: u64,
 }
+
+/// So many steps that are not finite, one after the other, are no accident.
+const MAX_LEFT_OUT: u64 = 10;
 
 /// A step of which the verdict is to come, and what its line of metrics will say besides.
 #[derive(Debug)]
 struct Started {
     work: StartedStep,
     facts: StepFacts,
+    /// Time for its data and for giving it to the device, which on a CPU is computing it.
+    host_time: Duration,
 }
 
 impl Trainer {
@@ -107,11 +118,17 @@ impl Trainer {
         console.phase("opening model and data");
         let arch = Architecture::from_config_json(Path::new(&config.model.path))?;
         let vocab_size = arch.vocab_size;
-        let plan = Plan::for_job(&config, arch, world_size, env.local_world_size)?;
         let dataset = Dataset::open(&DataSpec::for_training(&config, vocab_size))?;
-        let checkpoints = Checkpoints::new(&config, dataset.digest(), rank, plan.num_shards);
+        let inputs = Inputs::of(&config, dataset.digest());
+        let resumed = checkpoints::choose(&config, &inputs, (rank, world_size), &mut store)?;
+        // Another number of ranks takes as many sequences a step; the config that is saved stays as it is.
+        let mut of_these_ranks = config.clone();
+        if let Some(global_batch_size) = resumed.as_ref().and_then(|r| r.state.global_batch_size) {
+            of_these_ranks.keep_global_batch(global_batch_size, world_size as u64)?;
+        }
+        let plan = Plan::for_job(&of_these_ranks, arch, world_size, env.local_world_size)?;
         let validator = Validator::open(&config, dataset.format(), vocab_size, (rank, world_size))?;
-        let accumulation = config.num_microbatches(world_size as u64)? as usize;
+        let accumulation = of_these_ranks.num_microbatches(world_size as u64)? as usize;
         let micro_batch_size = config.training.micro_batch_size as usize;
         let mut loader = Loader::new(dataset, rank, world_size, micro_batch_size, accumulation);
         let total_steps = match config.training.duration {
@@ -137,11 +154,11 @@ impl Trainer {
         let mut engine = Engine::new(plan, engine_config(&config), groups)?;
 
         console.phase("loading weights");
-        let resumed = checkpoints.resume(&config, &mut engine, &mut store)?;
         let step = match &resumed {
-            Some(state) => {
-                loader.seek(state.position)?;
-                state.step
+            Some(resumed) => {
+                resumed.load(&mut engine)?;
+                loader.seek(resumed.state.position)?;
+                resumed.state.step
             }
             None => {
                 weights::load(&mut engine, &config)?;
@@ -156,16 +173,17 @@ impl Trainer {
             tch::get_num_threads(),
             start.elapsed().as_secs_f64()
         );
+        let saver = Saver::new(&config, inputs, env, &engine, resumed.map(|r| r.state.step), &mut store)?;
         Ok(Trainer {
             tracer: Tracer::new(&config, rank),
             config,
             rank,
             engine,
-            store,
             loader,
             validator,
-            checkpoints,
+            saver,
             log: StepLog::new(console, rates, total_steps),
+            stragglers: Stragglers::default(),
             answers: None,
             stop,
             progress,
@@ -173,7 +191,8 @@ impl Trainer {
             step,
             started: None,
             stops: false,
-            saved_step: resumed.map(|s| s.step),
+            pace: Pace::default(),
+            num_left_out: 0,
         })
     }
 
@@ -231,17 +250,21 @@ impl Trainer {
             let stop = self.stops || (validates && !self.validate()?);
             if stop && !is_last {
                 self.finish_step()?;
-                self.save()?;
+                let state = self.state()?;
+                self.saver.save_now(&mut self.engine, state)?;
                 let signal = self.stop.signal_name().map_or_else(String::new, |name| format!(" by {name}"));
                 tracing::info!("stopped{signal} after step {}; the same command goes on from here", self.step);
                 return Ok(Outcome::Stopped);
             }
             if saves {
-                self.save()?;
+                let state = self.state()?;
+                self.saver.save(&mut self.engine, state)?;
             }
+            self.saver.poll()?;
         }
         self.log.console.phase("exporting the model");
         weights::export(&mut self.engine, &self.config, self.step)?;
+        self.saver.finish(&mut self.engine)?;
         tracing::info!("exported {}", self.config.output.dir.join("hf").display());
         Ok(Outcome::Done)
     }
@@ -263,7 +286,7 @@ impl Trainer {
         if let Some(progress) = &self.progress {
             progress.set_step(step);
         }
-        let epoch = self.loader.position().epoch;
+        let position = self.loader.position();
         let data_start = Instant::now();
         let device = self.engine.device();
         let batches = self.loader.next_step()?;
@@ -278,11 +301,15 @@ impl Trainer {
             self.engine.start_timeline()?;
         }
         let start = Instant::now();
-        let work = self.engine.start_step(batches, lr, self.stop.is_set())?;
+        #[cfg(feature = "faults")]
+        crate::faults::strike(self.rank, step, &mut self.engine)?;
+        let work = self.engine.start_step(batches, lr, self.stop.is_set(), self.pace)?;
+        let host_time = data_time + start.elapsed();
         self.step = step;
         self.finish_step()?;
         STEP.store(step, Ordering::Relaxed);
-        self.started = Some(Started { work, facts: StepFacts { step, lr, epoch, data_time } });
+        let facts = StepFacts { step, lr, position, data_time };
+        self.started = Some(Started { work, facts, host_time });
         if self.tracer.traces(step) {
             let spans = self.engine.take_timeline()?;
             self.tracer.take(step, start, spans)?;
@@ -292,11 +319,53 @@ impl Trainer {
 
     /// Reads the verdict of the step under way, if there is one, and logs it.
     fn finish_step(&mut self) -> Result<(), TrainError> {
-        let Some(Started { work, facts }) = self.started.take() else { return Ok(()) };
+        let Some(Started { work, facts, host_time }) = self.started.take() else { return Ok(()) };
         STEP.store(facts.step, Ordering::Relaxed);
-        let report = self.engine.finish_step(work)?;
+        let report = self.engine.finish_step(work).map_err(|error| match error {
+            EngineError::NonFinite(place) => self.not_finite(place, facts.position),
+            error => error.into(),
+        })?;
         self.stops |= report.stop;
-        self.log.step(&facts, &report, self.engine.device())
+        let busy = match self.engine.device() {
+            Device::Cpu => host_time.saturating_sub(report.comm_time),
+            _ => facts.data_time,
+        };
+        self.pace = Pace { busy, data: facts.data_time };
+        if self.rank == 0
+            && let Some(warning) = self.stragglers.add(&report.paces)
+        {
+            tracing::warn!("step {}: {warning}", facts.step);
+        }
+        self.log.step(&facts, &report, self.engine.device())?;
+        self.count_left_out(&facts, report)
+    }
+
+    /// Says what became of a step that was not finite; too many of them in a row end the run.
+    fn count_left_out(&mut self, facts: &StepFacts, report: StepReport) -> Result<(), TrainError> {
+        let Some(place) = report.non_finite else {
+            self.num_left_out = 0;
+            return Ok(());
+        };
+        self.num_left_out += 1;
+        let error = self.not_finite(place, facts.position);
+        if self.num_left_out == MAX_LEFT_OUT {
+            return Err(error);
+        }
+        if self.rank == 0 {
+            tracing::warn!("step {} is left out: {error}", facts.step);
+        }
+        Ok(())
+    }
+
+    /// With the samples that it came from, where they are known.
+    fn not_finite(&self, place: NonFinite, position: Position) -> TrainError {
+        let samples = place
+            .sequences()
+            .map_or(Ok(vec![]), |at| self.loader.places(position, at.rank, at.microbatch, &at.sequences));
+        match samples {
+            Ok(samples) => TrainError::NonFinite { place, samples },
+            Err(error) => error.into(),
+        }
     }
 
     /// Validation loss and answers; `false` if a rank was asked to stop meanwhile, and the rest was left out.
@@ -305,33 +374,29 @@ impl Trainer {
         if let Some((val_loss, val_tokens)) = loss {
             tracing::info!("validate step: {}  loss: {val_loss:7.4}  tokens: {val_tokens}", self.step);
             if let Some(metrics) = &mut self.log.metrics {
-                metrics.write(&ValidationLine { step: self.step, val_loss, val_tokens })?;
+                metrics.write(&ValidationLine { step: self.step, val_loss, val_tokens });
             }
         }
         let Some(answers) = self.validator.answers(&mut self.engine, self.step, &self.stop)? else { return Ok(false) };
         if let Some(file) = &mut self.answers {
             for answer in &answers {
                 tracing::info!("{:?} -> {:?}", answer.prompt, answer.answer);
-                file.write(answer)?;
+                file.write(answer);
             }
         }
         Ok(true)
     }
 
-    fn save(&mut self) -> Result<(), TrainError> {
-        if self.saved_step == Some(self.step) {
-            return Ok(());
-        }
+    /// What a checkpoint holds besides the engine's state.
+    fn state(&self) -> Result<TrainerState, TrainError> {
         let (optimizer_steps, scaler) = self.engine.progress()?;
-        let state = TrainerState {
+        Ok(TrainerState {
             step: self.step,
             position: self.loader.position(),
             optimizer_steps,
             scaler: scaler.map(|s| (s.scale, s.good_steps)),
-        };
-        self.checkpoints.save(&mut self.engine, &mut self.store, &state)?;
-        self.saved_step = Some(self.step);
-        Ok(())
+            global_batch_size: Some(self.loader.global_batch()),
+        })
     }
 }
 
@@ -347,6 +412,7 @@ fn engine_config(config: &JobConfig) -> EngineConfig {
             weight_decay: config.optimizer.weight_decay,
         },
         max_grad_norm: config.training.max_grad_norm,
+        skip_non_finite: config.training.on_nonfinite == OnNonfinite::Skip,
     }
 }
 

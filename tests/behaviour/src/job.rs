@@ -115,23 +115,51 @@ impl Job {
         self.write(name, text.replace(from, to));
     }
 
-    /// Starts the launcher in the job's folder, with the arguments in front of the config.
-    pub fn start(&self, nproc: usize, args: &[&str]) -> Running<'_> {
-        let number = (0..).find(|n| !self.path(&format!("stderr-{n}")).exists()).expect("a free number");
-        let output = |name: &str| File::create(self.path(&format!("{name}-{number}"))).expect("a folder of the test");
-        let launcher = Command::new(launcher_path())
+    /// The launcher in the job's folder, with the arguments in front of the config.
+    pub fn command(&self, nproc: usize, args: &[&str]) -> Command {
+        built("fsdp-train");
+        self.command_of(&built("fsdp-launch"), nproc, args)
+    }
+
+    /// The same with workers that do what `fault` says; see `crates/train/src/faults.rs`.
+    pub fn faulty_command(&self, nproc: usize, args: &[&str], fault: &str) -> Command {
+        // The launcher's worker is the one beside it.
+        for (program, name) in [("fsdp-launch", "fsdp-launch"), ("fsdp-train-faults", "fsdp-train")] {
+            let (from, to) = (built(program), self.path("bin").join(name));
+            std::fs::create_dir_all(self.path("bin")).expect("a folder of the test");
+            if !to.exists() {
+                // The target folder may be on another file system.
+                std::fs::hard_link(&from, &to).or_else(|_| std::fs::copy(&from, &to).map(drop)).expect("a copy");
+            }
+        }
+        let mut command = self.command_of(&self.path("bin/fsdp-launch"), nproc, args);
+        command.env("FSDP_FAULT", fault);
+        command
+    }
+
+    fn command_of(&self, launcher: &Path, nproc: usize, args: &[&str]) -> Command {
+        let mut command = Command::new(launcher);
+        command
             .current_dir(self.dir.path())
             .args(args)
             .args(["--nproc", &nproc.to_string(), "job.toml"])
             // One thread a rank: tests run beside each other.
             .env("OMP_NUM_THREADS", "1")
             .env("RUST_BACKTRACE", "1")
-            .stdin(Stdio::null())
-            .stdout(output("stdout"))
-            .stderr(output("stderr"))
-            .spawn()
-            .expect("the launcher");
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Starts a launcher that [`Job::command`] made; what it prints goes to files of the job.
+    pub fn spawn(&self, mut command: Command) -> Running<'_> {
+        let number = (0..).find(|n| !self.path(&format!("stderr-{n}")).exists()).expect("a free number");
+        let output = |name: &str| File::create(self.path(&format!("{name}-{number}"))).expect("a folder of the test");
+        let launcher = command.stdout(output("stdout")).stderr(output("stderr")).spawn().expect("the launcher");
         Running { job: self, launcher, started: Instant::now(), number }
+    }
+
+    pub fn start(&self, nproc: usize, args: &[&str]) -> Running<'_> {
+        self.spawn(self.command(nproc, args))
     }
 
     pub fn run(&self, nproc: usize, args: &[&str]) -> Ended {
@@ -185,6 +213,13 @@ impl Job {
             .collect()
     }
 
+    /// The curve and the exported bytes are those of `expected`.
+    #[track_caller]
+    pub fn assert_bits_of(&self, expected: &Job) {
+        assert_eq!(self.curve(), expected.curve());
+        assert!(self.exported() == expected.exported(), "the exported models differ");
+    }
+
     /// Names of the committed checkpoints, oldest first.
     pub fn checkpoints(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.path("out/checkpoints")).into_iter().flatten().flatten();
@@ -192,6 +227,24 @@ impl Job {
         let mut names: Vec<String> = names.filter(|name| name.len() == "step-00000000".len()).collect();
         names.sort();
         names
+    }
+
+    /// Processes that were started in the job's folder, children of ranks included.
+    pub fn survivors(&self) -> Vec<i32> {
+        let dir = self.dir.path().canonicalize().expect("a folder of the test");
+        let entries = std::fs::read_dir("/proc").expect("Linux").flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        pids.filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == dir)).collect()
+    }
+
+    /// Fails if one of [`Job::survivors`] is left after `patience`.
+    #[track_caller]
+    pub fn assert_no_survivors(&self, patience: Duration) {
+        let start = Instant::now();
+        while !self.survivors().is_empty() {
+            assert!(start.elapsed() < patience, "{:?} are left after {patience:?}", self.survivors());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// What the workers are started with.
@@ -218,6 +271,18 @@ impl Running<'_> {
             assert!(self.started.elapsed() < TIMEOUT, "no {what} after {TIMEOUT:?}");
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Waits until `holds`, or for the launcher's end; whether it holds.
+    pub fn wait_until_or_end(&mut self, holds: impl Fn(&Job) -> bool) -> bool {
+        while self.launcher.try_wait().expect("a child").is_none() {
+            if holds(self.job) {
+                return true;
+            }
+            assert!(self.started.elapsed() < TIMEOUT, "still running after {TIMEOUT:?}: {self:?}");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        false
     }
 
     /// Waits until `step` is in the metrics.
@@ -251,13 +316,17 @@ impl Drop for Running<'_> {
     }
 }
 
-/// `fsdp-launch` beside the running test: `target/<profile>/deps/<test>` -> `target/<profile>/fsdp-launch`.
-fn launcher_path() -> PathBuf {
-    let test = std::env::current_exe().expect("the test's own path");
-    let folder = test.parent().and_then(Path::parent).expect("a target folder");
-    for binary in ["fsdp-launch", "fsdp-train"] {
-        let profile = if folder.ends_with("release") { " --release" } else { "" };
-        assert!(folder.join(binary).exists(), "{binary} is missing: run `cargo build{profile}` first");
+/// A binary of the workspace in the target folder of the running program: `target/<profile>/<program>` and
+/// `target/<profile>/deps/<test>` -> `target/<profile>/fsdp-launch`.
+pub fn built(binary: &str) -> PathBuf {
+    let program = std::env::current_exe().expect("the program's own path");
+    let mut folder = program.parent().expect("a target folder");
+    if folder.ends_with("deps") {
+        folder = folder.parent().expect("a target folder");
     }
-    folder.join("fsdp-launch")
+    let profile = if folder.ends_with("release") { " --release" } else { "" };
+    let features = if binary == "fsdp-train-faults" { " -p fsdp-train --features faults" } else { "" };
+    let path = folder.join(binary);
+    assert!(path.exists(), "{binary} is missing: run `cargo build{profile}{features}` first");
+    path
 }

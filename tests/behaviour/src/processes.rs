@@ -49,3 +49,9 @@ pub fn assert_none_left(config: &Path, patience: Duration) {
 pub fn send(pid: i32, signal: Signal) {
     rustix::process::kill_process(Pid::from_raw(pid).expect("a process id"), signal).expect("a process of this test");
 }
+
+/// Sends `signal` to a process that may have ended.
+pub fn send_if_alive(pid: i32, signal: Signal) {
+    // The only error is that it has ended: it is of this test.
+    let _ = rustix::process::kill_process(Pid::from_raw(pid).expect("a process id"), signal);
+}

@@ -60,11 +60,14 @@ pub fn sweep(root: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Panics
 /// If `keep` is 0.
-pub fn keep_newest(root: &Path, keep: usize) -> Result<Vec<PathBuf>> {
+pub fn retain(root: &Path, keep: usize, keep_every: u64) -> Result<Vec<PathBuf>> {
     assert!(keep > 0, "at least one checkpoint is kept");
     let all = list(root)?;
     let mut deleted = Vec::new();
     for (step, path) in all.iter().take(all.len().saturating_sub(keep)) {
+        if keep_every > 0 && step.is_multiple_of(keep_every) {
+            continue;
+        }
         let trash = root.join(format!("{TRASH}{}", dir_name(*step)));
         durable::remove_dir_all(&trash)?;
         durable::rename(path, &trash)?;
@@ -73,6 +76,17 @@ pub fn keep_newest(root: &Path, keep: usize) -> Result<Vec<PathBuf>> {
         deleted.push(path.clone());
     }
     Ok(deleted)
+}
+
+/// Before a save: whether the file system has room for all ranks' files and a twentieth more.
+pub fn check_space(root: &Path, total_bytes: u64) -> Result<()> {
+    durable::create_dir_all(root)?;
+    let (needed_bytes, free_bytes) = (total_bytes + total_bytes / 20, durable::free_bytes(&root.join("x")));
+    if free_bytes >= needed_bytes {
+        return Ok(());
+    }
+    let error = std::io::Error::from(std::io::ErrorKind::StorageFull);
+    Err(CheckpointError::NoSpace { path: root.to_path_buf(), needed_bytes, free_bytes, error })
 }
 
 /// Renames a damaged checkpoint to `step-XXXXXXXX.damaged-N`, so that the run can save that step again, and

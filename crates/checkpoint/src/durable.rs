@@ -1,76 +1,112 @@
-//! Files that survive a crash: space reserved before the first byte, fsync, rename, fsync of the folder.
+//! Files that survive a crash: space reserved before the first byte, fsync, rename, fsync of the folder. Errors say
+//! what was tried on which path.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, fallocate, ftruncate, statvfs};
-use rustix::io::{Errno, retry_on_intr};
-
 use crate::error::{CheckpointError, Result};
+use crate::fs::{FileSystem, FileToWrite};
 
 /// A new file of `len_bytes` whose blocks are reserved, so that a full disk shows here and not half-way.
 ///
 /// # Errors
 /// The file exists, or the space is not there (the file is removed again).
-pub(crate) fn create_reserved(path: &Path, len_bytes: u64) -> Result<File> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .map_err(CheckpointError::io("create", path))?;
-    if let Err(errno) = reserve(&file, path, len_bytes) {
+pub(crate) fn create_reserved<F: FileSystem>(fs: &F, path: &Path, len_bytes: u64) -> Result<F::File> {
+    let file = fs.create_new(path).map_err(|error| write_error(fs, "create", path, len_bytes, error))?;
+    if let Err(error) = file.reserve(len_bytes) {
         // Given back first, so that the free space in the message is what the next try will find.
         drop(file);
-        let _ = fs::remove_file(path);
-        return Err(CheckpointError::write(path, len_bytes)(errno.into()));
+        let _ = fs.remove_file(path);
+        return Err(write_error(fs, "reserve space for", path, len_bytes, error));
     }
     Ok(file)
 }
 
-fn reserve(file: &File, path: &Path, len_bytes: u64) -> std::result::Result<(), Errno> {
-    match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, len_bytes)) {
-        // File systems without fallocate: the free space now is the best that can be known.
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) if free_bytes(path) < len_bytes => Err(Errno::NOSPC),
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => retry_on_intr(|| ftruncate(file, len_bytes)),
-        other => other,
-    }
-}
-
-/// Bytes that this process may still write beside `path`; 0 if the file system cannot say.
-pub(crate) fn free_bytes(path: &Path) -> u64 {
-    statvfs(parent(path)).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
 /// A small file with its content on disk. The name is durable only after [`sync_dir`].
-pub(crate) fn write_new(path: &Path, content: &[u8]) -> Result<()> {
-    let write = || -> io::Result<()> {
-        let mut file = File::options().write(true).create_new(true).open(path)?;
-        io::Write::write_all(&mut file, content)?;
-        file.sync_all()
-    };
-    write().map_err(CheckpointError::write(path, content.len() as u64))
+pub(crate) fn write_new<F: FileSystem>(fs: &F, path: &Path, content: &[u8]) -> Result<()> {
+    let failed = |op| move |error| write_error(fs, op, path, content.len() as u64, error);
+    let file = fs.create_new(path).map_err(failed("create"))?;
+    file.write_all_at(content, 0).map_err(failed("write"))?;
+    file.sync().map_err(failed("fsync"))
+}
+
+/// What a failed write says: how much was needed, and how much is free.
+pub(crate) fn write_error<F: FileSystem>(
+    fs: &F,
+    op: &'static str,
+    path: &Path,
+    needed_bytes: u64,
+    error: io::Error,
+) -> CheckpointError {
+    let free_bytes = fs.free_bytes(&parent(path)).ok().flatten();
+    CheckpointError::write(op, path, needed_bytes, free_bytes, error)
 }
 
 /// Makes the names in a folder durable.
-pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|file| file.sync_all()).map_err(CheckpointError::io("fsync folder", dir))
+pub(crate) fn sync_dir<F: FileSystem>(fs: &F, dir: &Path) -> Result<()> {
+    fs.sync_dir(dir).map_err(CheckpointError::io("fsync folder", dir))
 }
 
-pub(crate) fn create_dir_all(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).map_err(CheckpointError::io("create folder", dir))
+/// Makes durable the names in a folder, and its own name: whoever created it, and those above it, need not have done
+/// so.
+pub(crate) fn sync_dirs_from<F: FileSystem>(fs: &F, dir: &Path) -> Result<()> {
+    sync_dir(fs, dir)?;
+    for above in dir.ancestors().skip(1) {
+        match sync_dir(fs, if above.as_os_str().is_empty() { Path::new(".") } else { above }) {
+            // Not one where this program has created anything.
+            Err(CheckpointError::Io { error, .. }) if error.kind() == ErrorKind::PermissionDenied => break,
+            other => other?,
+        }
+    }
+    Ok(())
 }
 
-pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).map_err(CheckpointError::io("rename", from))
+/// Creates a folder and those above it. Their names are not yet durable.
+pub(crate) fn create_dir_all<F: FileSystem>(fs: &F, dir: &Path) -> Result<()> {
+    match fs.create_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound && parent(dir) != dir => {
+            create_dir_all(fs, &parent(dir))?;
+            match fs.create_dir(dir) {
+                // Another rank was faster.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+                other => other.map_err(|error| write_error(fs, "create folder", dir, 0, error)),
+            }
+        }
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        other => other.map_err(|error| write_error(fs, "create folder", dir, 0, error)),
+    }
 }
 
-/// Removes a folder and what is in it; one that is not there is fine.
-pub(crate) fn remove_dir_all(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(CheckpointError::io("remove", dir)(error)),
-        _ => Ok(()),
+pub(crate) fn rename<F: FileSystem>(fs: &F, from: &Path, to: &Path) -> Result<()> {
+    fs.rename(from, to).map_err(|error| write_error(fs, "rename", from, 0, error))
+}
+
+pub(crate) fn exists<F: FileSystem>(fs: &F, path: &Path) -> Result<bool> {
+    fs.exists(path).map_err(CheckpointError::io("look for", path))
+}
+
+/// Removes a folder and what is in it; what is not there is fine, and so is another process that removes it too.
+pub(crate) fn remove_dir_all<F: FileSystem>(fs: &F, dir: &Path) -> Result<()> {
+    let Some(entries) = unless_missing(fs.list(dir)).map_err(CheckpointError::io("list", dir))? else {
+        return Ok(());
+    };
+    for entry in entries {
+        let path = dir.join(entry.name);
+        if entry.is_dir {
+            remove_dir_all(fs, &path)?;
+        } else {
+            unless_missing(fs.remove_file(&path)).map_err(CheckpointError::io("remove", &path))?;
+        }
+    }
+    unless_missing(fs.remove_dir(dir)).map_err(CheckpointError::io("remove", dir))?;
+    Ok(())
+}
+
+pub(crate) fn unless_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
     }
 }
 
@@ -78,7 +114,8 @@ pub(crate) fn remove_dir_all(dir: &Path) -> Result<()> {
 pub(crate) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
-        _ => PathBuf::from("."),
+        Some(_) => PathBuf::from("."),
+        None => path.to_path_buf(),
     }
 }
 

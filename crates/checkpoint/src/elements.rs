@@ -117,11 +117,6 @@ pub(crate) fn encode(dtype: Dtype, values: &[f32], bytes: &mut Vec<u8>) -> Resul
     Ok(())
 }
 
-/// Elements of a tensor, if they can be counted.
-pub(crate) fn numel(shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

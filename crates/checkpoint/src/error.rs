@@ -13,14 +13,27 @@ pub(crate) type Result<T> = std::result::Result<T, CheckpointError>;
 /// Each variant names the file; its message says what was expected, what was found and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("cannot {op} {path}: {error}")]
-    Io { op: &'static str, path: PathBuf, error: io::Error },
+    #[error("cannot {op} {path}: {error}{detail}")]
+    Io {
+        op: &'static str,
+        path: PathBuf,
+        error: io::Error,
+        /// Of a write: bytes needed and free. Else empty.
+        detail: String,
+    },
 
     #[error(
-        "no space for {path}: {needed_bytes} bytes needed, {free_bytes} free ({error}); \
-         free some space or choose another output.dir"
+        "no space for {path}: {needed_bytes} bytes needed, {} free ({error}); \
+         free some space or choose another output.dir",
+        known(.free_bytes)
     )]
-    NoSpace { path: PathBuf, needed_bytes: u64, free_bytes: u64, error: io::Error },
+    NoSpace {
+        path: PathBuf,
+        needed_bytes: u64,
+        /// `None` where the file system cannot tell.
+        free_bytes: Option<u64>,
+        error: io::Error,
+    },
 
     #[error("{path} is not a model folder: {reason}")]
     NotAModel { path: PathBuf, reason: String },
@@ -56,6 +69,15 @@ pub enum CheckpointError {
     #[error("the shards of step {step} do not form a checkpoint: {reason}")]
     Reports { step: u64, reason: String },
 
+    #[error(
+        "{path} is of format version {got}, but this program reads version {supported}; \
+         use the program that wrote it, or a newer one"
+    )]
+    Version { path: PathBuf, got: u64, supported: u32 },
+
+    #[error("{path} is missing, or no regular file; this checkpoint is damaged, take another")]
+    Missing { path: PathBuf },
+
     #[error("{path}: {field}: {reason}; this checkpoint cannot be used, take another")]
     Manifest { path: PathBuf, field: String, reason: String },
 
@@ -74,32 +96,50 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    /// The files are not what was committed, and never will be again. Otherwise another try may succeed.
+    /// Whether a checkpoint was found to be damaged, so that an older one is the better choice: a file is missing, of
+    /// another size or content, or contradicts another. Never so for what may pass (an I/O error) or what is whole (a
+    /// checkpoint of another model or of a newer program).
     pub fn is_damage(&self) -> bool {
+        use CheckpointError::{Digest, FileSize, Manifest, Missing};
+        matches!(self, Digest { .. } | FileSize { .. } | Manifest { .. } | Missing { .. })
+    }
+
+    /// Whether a file or folder was not there. On a network file system what another node has just written appears
+    /// within seconds.
+    pub fn is_missing(&self) -> bool {
         match self {
-            CheckpointError::Manifest { .. } | CheckpointError::FileSize { .. } | CheckpointError::Digest { .. } => true,
             CheckpointError::Io { error, .. } => error.kind() == io::ErrorKind::NotFound,
+            CheckpointError::Missing { .. } => true,
             _ => false,
         }
     }
 
     /// For `map_err`: an I/O error with what was tried and on which path.
     pub(crate) fn io(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |error| CheckpointError::Io { op, path: path.to_path_buf(), error }
+        move |error| CheckpointError::Io { op, path: path.to_path_buf(), error, detail: String::new() }
     }
 
-    /// For `map_err` on a write: a full disk or quota says how much was needed and how much is free.
-    pub(crate) fn write(path: &Path, needed_bytes: u64) -> impl FnOnce(io::Error) -> Self {
-        move |error| match Errno::from_io_error(&error) {
-            Some(Errno::NOSPC | Errno::DQUOT) => CheckpointError::NoSpace {
-                path: path.to_path_buf(),
-                needed_bytes,
-                free_bytes: crate::durable::free_bytes(path),
-                error,
-            },
-            _ => CheckpointError::io("write", path)(error),
+    /// A failed write: how much was needed and how much is free.
+    pub(crate) fn write(
+        op: &'static str,
+        path: &Path,
+        needed_bytes: u64,
+        free_bytes: Option<u64>,
+        error: io::Error,
+    ) -> Self {
+        let path = path.to_path_buf();
+        match Errno::from_io_error(&error) {
+            Some(Errno::NOSPC | Errno::DQUOT) => CheckpointError::NoSpace { path, needed_bytes, free_bytes, error },
+            _ => {
+                let detail = format!(" ({needed_bytes} bytes needed, {} free)", known(&free_bytes));
+                CheckpointError::Io { op, path, error, detail }
+            }
         }
     }
+}
+
+fn known(bytes: &Option<u64>) -> String {
+    bytes.map_or_else(|| "an unknown number".to_string(), |bytes| bytes.to_string())
 }
 
 /// At most ten of the problems, one a line, and how many more there are.

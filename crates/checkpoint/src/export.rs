@@ -6,16 +6,18 @@
 //! the number of ranks.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use serde_json::value::RawValue;
 
 use crate::durable;
-use crate::elements::{self, BUFFER_BYTES, Dtype, numel};
+use crate::elements::{self, BUFFER_BYTES, Dtype};
 use crate::error::{CheckpointError, Result};
+use crate::fs::{Disk, FileSystem, FileToWrite};
 use crate::header;
+use crate::shape::numel;
 use crate::unique_map::UniqueMap;
 
 const CONFIG: &str = "config.json";
@@ -125,11 +127,12 @@ impl ExportLayout {
 
 /// A model folder being written, under a temporary name beside its final one.
 #[derive(Debug)]
-pub struct Export {
+pub struct Export<F: FileSystem = Disk> {
+    fs: F,
     layout: ExportLayout,
     final_dir: PathBuf,
     temp_dir: PathBuf,
-    files: Vec<File>,
+    files: Vec<F::File>,
     buffer: Vec<u8>,
 }
 
@@ -141,33 +144,51 @@ impl Export {
     /// # Errors
     /// Too little space, an unreadable source or an unwritable target; the temporary folder is then removed.
     pub fn create(layout: &ExportLayout, final_dir: &Path, source_dir: &Path) -> Result<Export> {
+        Self::create_on(&Disk, layout, final_dir, source_dir)
+    }
+
+    /// Every other rank, after rank 0's [`Export::create`] and a barrier.
+    pub fn open(layout: &ExportLayout, final_dir: &Path) -> Result<Export> {
+        Self::open_on(&Disk, layout, final_dir)
+    }
+}
+
+impl<F: FileSystem> Export<F> {
+    /// See [`Export::create`]. The source is read from the disk.
+    pub fn create_on(fs: &F, layout: &ExportLayout, final_dir: &Path, source_dir: &Path) -> Result<Self> {
         let temp_dir = beside(final_dir, "tmp");
-        durable::create_dir_all(&durable::parent(final_dir))?;
-        durable::remove_dir_all(&temp_dir)?;
-        durable::create_dir_all(&temp_dir)?;
-        match fill(layout, &temp_dir, source_dir) {
-            Ok(files) => Ok(Export::with_files(layout, final_dir, temp_dir, files)),
+        durable::create_dir_all(fs, &durable::parent(final_dir))?;
+        let trash = beside(final_dir, "trash");
+        if !durable::exists(fs, final_dir)? && durable::exists(fs, &trash)? {
+            // A commit was interrupted where two folders cannot change places at once: the older export is still whole.
+            durable::rename(fs, &trash, final_dir)?;
+        }
+        durable::remove_dir_all(fs, &trash)?;
+        durable::remove_dir_all(fs, &temp_dir)?;
+        durable::create_dir_all(fs, &temp_dir)?;
+        match fill(fs, layout, &temp_dir, source_dir) {
+            Ok(files) => Ok(Self::with_files(fs, layout, final_dir, temp_dir, files)),
             Err(error) => {
-                let _ = durable::remove_dir_all(&temp_dir);
+                let _ = durable::remove_dir_all(fs, &temp_dir);
                 Err(error)
             }
         }
     }
 
-    /// Every other rank, after rank 0's [`Export::create`] and a barrier.
-    pub fn open(layout: &ExportLayout, final_dir: &Path) -> Result<Export> {
+    /// See [`Export::open`].
+    pub fn open_on(fs: &F, layout: &ExportLayout, final_dir: &Path) -> Result<Self> {
         let temp_dir = beside(final_dir, "tmp");
         let mut files = Vec::new();
         for file in &layout.files {
             let path = temp_dir.join(&file.name);
-            let open = File::options().read(true).write(true).open(&path);
-            files.push(open.map_err(CheckpointError::io("open for writing", &path))?);
+            files.push(fs.open_to_write(&path).map_err(CheckpointError::io("open for writing", &path))?);
         }
-        Ok(Export::with_files(layout, final_dir, temp_dir, files))
+        Ok(Self::with_files(fs, layout, final_dir, temp_dir, files))
     }
 
-    fn with_files(layout: &ExportLayout, final_dir: &Path, temp_dir: PathBuf, files: Vec<File>) -> Export {
-        Export { layout: layout.clone(), final_dir: final_dir.to_path_buf(), temp_dir, files, buffer: Vec::new() }
+    fn with_files(fs: &F, layout: &ExportLayout, final_dir: &Path, temp_dir: PathBuf, files: Vec<F::File>) -> Self {
+        let (layout, final_dir) = (layout.clone(), final_dir.to_path_buf());
+        Export { fs: fs.clone(), layout, final_dir, temp_dir, files, buffer: Vec::new() }
     }
 
     /// Writes elements `start_elem..start_elem + values.len()` of the flattened tensor, rounded to nearest even.
@@ -193,9 +214,10 @@ impl Export {
                 dtype,
             })?;
             let offset_bytes = place.offset_bytes + (element * size) as u64;
+            let needed_bytes = self.layout.files[place.file].len_bytes;
             self.files[place.file]
                 .write_all_at(&self.buffer, offset_bytes)
-                .map_err(|error| CheckpointError::write(&path(), self.buffer.len() as u64)(error))?;
+                .map_err(|error| durable::write_error(&self.fs, "write", &path(), needed_bytes, error))?;
             element += part.len();
         }
         Ok(())
@@ -205,27 +227,43 @@ impl Export {
     pub fn sync(&self) -> Result<()> {
         for (file, described) in self.files.iter().zip(&self.layout.files) {
             let path = self.temp_dir.join(&described.name);
-            file.sync_all().map_err(CheckpointError::write(&path, described.len_bytes))?;
+            let failed = |error| durable::write_error(&self.fs, "fsync", &path, described.len_bytes, error);
+            file.sync().map_err(failed)?;
         }
         Ok(())
     }
 
     /// Rank 0, after every rank's [`Export::sync`] and a barrier: gives the folder its final name. An older folder of
-    /// that name is there until then and removed afterwards.
+    /// that name is there until then, and removed afterwards; at no moment is there none.
     pub fn commit(self) -> Result<()> {
         self.sync()?;
-        durable::sync_dir(&self.temp_dir)?;
-        let trash = beside(&self.final_dir, "trash");
-        durable::remove_dir_all(&trash)?;
-        if self.final_dir.symlink_metadata().is_ok() {
-            durable::rename(&self.final_dir, &trash)?;
+        let fs = &self.fs;
+        durable::sync_dir(fs, &self.temp_dir)?;
+        let parent = durable::parent(&self.final_dir);
+        if !durable::exists(fs, &self.final_dir)? {
+            durable::rename(fs, &self.temp_dir, &self.final_dir)?;
+            return durable::sync_dirs_from(fs, &parent);
         }
-        durable::rename(&self.temp_dir, &self.final_dir)?;
-        durable::sync_dir(&durable::parent(&self.final_dir))?;
+        let old = match fs.exchange(&self.temp_dir, &self.final_dir) {
+            Ok(()) => self.temp_dir,
+            Err(error) if is_unsupported(&error) => {
+                let trash = beside(&self.final_dir, "trash");
+                durable::rename(fs, &self.final_dir, &trash)?;
+                durable::rename(fs, &self.temp_dir, &self.final_dir)?;
+                trash
+            }
+            Err(error) => return Err(CheckpointError::io("exchange", &self.final_dir)(error)),
+        };
+        durable::sync_dirs_from(fs, &parent)?;
         // Committed: an old folder that cannot be removed now goes with the next export.
-        let _ = durable::remove_dir_all(&trash);
+        let _ = durable::remove_dir_all(fs, &old);
         Ok(())
     }
+}
+
+/// Network file systems have no exchange, nor have old kernels.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP))
 }
 
 /// `out/hf` -> `out/.hf.<suffix>`
@@ -234,32 +272,32 @@ fn beside(final_dir: &Path, suffix: &str) -> PathBuf {
     final_dir.with_file_name(format!(".{}.{suffix}", name.to_string_lossy()))
 }
 
-fn fill(layout: &ExportLayout, temp_dir: &Path, source_dir: &Path) -> Result<Vec<File>> {
+fn fill<F: FileSystem>(fs: &F, layout: &ExportLayout, temp_dir: &Path, source_dir: &Path) -> Result<Vec<F::File>> {
     let source_config = source_dir.join(CONFIG);
     let config = durable::read_text(&source_config, MAX_CONFIG_BYTES)?;
     let config = with_dtype(&config, &source_config, layout.dtype)?;
-    durable::write_new(&temp_dir.join(CONFIG), config.as_bytes())?;
+    durable::write_new(fs, &temp_dir.join(CONFIG), config.as_bytes())?;
     if let Some(index) = &layout.index {
-        durable::write_new(&temp_dir.join("model.safetensors.index.json"), index.as_bytes())?;
+        durable::write_new(fs, &temp_dir.join("model.safetensors.index.json"), index.as_bytes())?;
     }
 
-    let entries = fs::read_dir(source_dir).map_err(CheckpointError::io("list", source_dir))?;
+    let entries = std::fs::read_dir(source_dir).map_err(CheckpointError::io("list", source_dir))?;
     for entry in entries {
         let entry = entry.map_err(CheckpointError::io("list", source_dir))?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
         if COPIED.contains(&&*name) || name.starts_with("chat_template.") {
-            let content = fs::read(entry.path()).map_err(CheckpointError::io("read", &entry.path()))?;
-            durable::write_new(&temp_dir.join(&*name), &content)?;
+            let content = std::fs::read(entry.path()).map_err(CheckpointError::io("read", &entry.path()))?;
+            durable::write_new(fs, &temp_dir.join(&*name), &content)?;
         }
     }
 
     let mut files = Vec::new();
     for described in &layout.files {
         let path = temp_dir.join(&described.name);
-        let file = durable::create_reserved(&path, described.len_bytes)?;
-        file.write_all_at(&described.header, 0)
-            .map_err(CheckpointError::write(&path, described.header.len() as u64))?;
+        let file = durable::create_reserved(fs, &path, described.len_bytes)?;
+        let failed = |error| durable::write_error(fs, "write", &path, described.len_bytes, error);
+        file.write_all_at(&described.header, 0).map_err(failed)?;
         files.push(file);
     }
     Ok(files)

@@ -1,6 +1,7 @@
 //! The header of a safetensors file: 8 bytes of length, a JSON object, then the data.
 //!
-//! Reading trusts nothing: lengths are compared with the real file before anything is allocated.
+//! Reading trusts nothing: lengths are compared with the real file before anything is allocated. Dtypes are those of
+//! the `safetensors` crate.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,8 +13,8 @@ use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::elements::numel;
 use crate::error::{CheckpointError, Result};
+use crate::shape::{self, numel};
 use crate::unique_map::UniqueMap;
 
 const LENGTH_BYTES: u64 = 8;
@@ -21,69 +22,93 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// One tensor's description; bounds the number of dimensions too.
 const MAX_ENTRY_BYTES: usize = 4096;
 
+/// What a safetensors file says of itself.
 #[derive(Debug)]
-pub(crate) struct Header {
+pub struct Header {
     /// In file order; together they cover the data without gap or overlap.
-    pub(crate) tensors: Vec<HeaderTensor>,
+    pub tensors: Vec<HeaderTensor>,
+    /// The JSON text of `__metadata__`, not looked into.
+    pub metadata: Option<String>,
     /// With the 8 bytes of length.
-    pub(crate) len_bytes: u64,
+    pub len_bytes: u64,
 }
 
 #[derive(Debug)]
-pub(crate) struct HeaderTensor {
-    pub(crate) name: String,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
+pub struct HeaderTensor {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
     /// From the start of the file.
-    pub(crate) offset_bytes: u64,
-    pub(crate) len_bytes: u64,
+    pub offset_bytes: u64,
+    pub len_bytes: u64,
 }
 
 #[derive(Deserialize)]
 struct RawTensor {
     dtype: Dtype,
+    #[serde(deserialize_with = "shape::deserialize")]
     shape: Vec<usize>,
     data_offsets: (u64, u64),
 }
 
 /// Reads and checks the header of `file`, which has `file_bytes` bytes.
 pub(crate) fn read(file: &File, file_bytes: u64, path: &Path) -> Result<Header> {
-    let bad = |field: &str, reason: String| CheckpointError::Safetensors {
-        path: path.to_path_buf(),
-        field: field.to_string(),
-        reason,
-    };
-    let io = |error| CheckpointError::io("read", path)(error);
-
-    if file_bytes < LENGTH_BYTES {
-        return Err(bad("file", format!("only {file_bytes} bytes long")));
-    }
     let mut length = [0; LENGTH_BYTES as usize];
-    file.read_exact_at(&mut length, 0).map_err(io)?;
+    if file_bytes >= LENGTH_BYTES {
+        file.read_exact_at(&mut length, 0).map_err(CheckpointError::io("read", path))?;
+    }
+    let len_bytes = LENGTH_BYTES + json_bytes(length, file_bytes, path)?;
+    let mut start = vec![0; len_bytes as usize];
+    file.read_exact_at(&mut start, 0).map_err(CheckpointError::io("read", path))?;
+    parse(&start, file_bytes, path)
+}
+
+/// Checks the length of the JSON text before anything of it is read.
+fn json_bytes(length: [u8; LENGTH_BYTES as usize], file_bytes: u64, path: &Path) -> Result<u64> {
+    if file_bytes < LENGTH_BYTES {
+        return Err(bad(path, "file", format!("only {file_bytes} bytes long")));
+    }
     if &length == b"version " {
         let reason = "this is a Git LFS pointer, not the file; run `git lfs pull`";
-        return Err(bad("file", reason.to_string()));
+        return Err(bad(path, "file", reason.to_string()));
     }
     let json_bytes = u64::from_le_bytes(length);
     if json_bytes > MAX_HEADER_BYTES {
         let reason = format!("{json_bytes} bytes, at most {MAX_HEADER_BYTES} are allowed");
-        return Err(bad("header length", reason));
+        return Err(bad(path, "header length", reason));
     }
     if json_bytes > file_bytes - LENGTH_BYTES {
         let reason = format!("{json_bytes} bytes, but the file has only {file_bytes}; truncated?");
-        return Err(bad("header length", reason));
+        return Err(bad(path, "header length", reason));
     }
-    let mut json = vec![0; json_bytes as usize];
-    file.read_exact_at(&mut json, LENGTH_BYTES).map_err(io)?;
-    let json = std::str::from_utf8(&json).map_err(|e| bad("header", format!("not UTF-8: {e}")))?;
+    Ok(json_bytes)
+}
+
+fn bad(path: &Path, field: &str, reason: String) -> CheckpointError {
+    CheckpointError::Safetensors { path: path.to_path_buf(), field: field.to_string(), reason }
+}
+
+/// Checks a header without its file: `start` is how the file starts, at least with all of its header, `file_bytes` how
+/// long it is. `path` is for the messages.
+///
+/// # Errors
+/// Whatever is not exactly right. Memory is bounded by that of `start` and 64 MiB, whatever it says.
+pub fn parse(start: &[u8], file_bytes: u64, path: &Path) -> Result<Header> {
+    let bad = |field: &str, reason: String| bad(path, field, reason);
+    let length = start.first_chunk().copied().unwrap_or_default();
+    let json_bytes = json_bytes(length, file_bytes.min(start.len() as u64), path)?;
+    let json = &start[LENGTH_BYTES as usize..][..json_bytes as usize];
+    let json = std::str::from_utf8(json).map_err(|e| bad("header", format!("not UTF-8: {e}")))?;
     let UniqueMap(entries) = serde_json::from_str::<UniqueMap<&RawValue>>(json)
         .map_err(|e| bad("header", format!("not a JSON object of tensors: {e}")))?;
 
     let data_start = LENGTH_BYTES + json_bytes;
     let data_bytes = file_bytes - data_start;
+    let mut metadata = None;
     let mut tensors = Vec::with_capacity(entries.len());
     for (name, raw) in entries {
         if name == "__metadata__" {
+            metadata = Some(raw.get().to_string());
             continue;
         }
         let field = format!("tensor {name:?}");
@@ -143,7 +168,7 @@ pub(crate) fn read(file: &File, file_bytes: u64, path: &Path) -> Result<Header> 
         let reason = format!("{} bytes follow the last tensor", file_bytes - expected);
         return Err(bad("file", reason));
     }
-    Ok(Header { tensors, len_bytes: data_start })
+    Ok(Header { tensors, metadata, len_bytes: data_start })
 }
 
 /// A header for tensors that follow each other, in the order given, padded to a multiple of 8 bytes.

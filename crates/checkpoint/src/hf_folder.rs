@@ -18,6 +18,8 @@ use crate::{durable, header};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const MAX_INDEX_BYTES: u64 = 100_000_000;
+/// More than any model has; each is kept open.
+const MAX_FILES: usize = 10_000;
 
 /// An open model folder. Its files stay open, so a folder replaced meanwhile does not mix in.
 #[derive(Debug)]
@@ -90,35 +92,16 @@ impl ModelFolder {
     }
 
     fn open_index(&mut self) -> Result<()> {
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: UniqueMap<String>,
-        }
         let path = self.dir.join(INDEX);
-        let bad = |field: String, reason: String| CheckpointError::Json { path: path.clone(), field, reason };
         let text = durable::read_text(&path, MAX_INDEX_BYTES)?;
         self.header_bytes += text.len() as u64;
-        let Index { weight_map: UniqueMap(weight_map) } =
-            serde_json::from_str(&text).map_err(|e| bad("weight_map".into(), e.to_string()))?;
-
-        let mut by_file: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (tensor, file) in weight_map {
-            let inside =
-                !file.is_empty() && Path::new(&file).components().all(|part| matches!(part, Component::Normal(_)));
-            if !inside || !file.ends_with(".safetensors") {
-                let reason = format!(
-                    "names {file:?}, which is not a .safetensors file inside the folder; such an index is refused"
-                );
-                return Err(bad(format!("weight_map[{tensor:?}]"), reason));
-            }
-            by_file.entry(file).or_default().push(tensor);
-        }
-        for (number, (name, wanted)) in by_file.into_iter().enumerate() {
+        for (number, (name, wanted)) in parse_index(&text, &path)?.into_iter().enumerate() {
             let mut found: HashMap<String, header::HeaderTensor> =
                 self.open_file(&name)?.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
             for tensor in wanted {
                 let Some(info) = found.remove(&tensor) else {
-                    return Err(bad(format!("weight_map[{tensor:?}]"), format!("{name} holds no such tensor")));
+                    let (field, reason) = (format!("weight_map[{tensor:?}]"), format!("{name} holds no such tensor"));
+                    return Err(CheckpointError::Json { path, field, reason });
                 };
                 self.add(number, info);
             }
@@ -250,6 +233,34 @@ impl ModelFolder {
         let all = [Dtype::F32, Dtype::F16, Dtype::BF16];
         all.into_iter().max_by_key(|&dtype| bytes(dtype)).expect("three dtypes")
     }
+}
+
+/// The tensors of each file, from the text of `model.safetensors.index.json`. `path` is for the messages.
+///
+/// # Errors
+/// It is no index, or names a file that may lie outside the folder.
+pub fn parse_index(text: &str, path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: UniqueMap<String>,
+    }
+    let bad = |field: String, reason: String| CheckpointError::Json { path: path.to_path_buf(), field, reason };
+    let Index { weight_map: UniqueMap(weight_map) } =
+        serde_json::from_str(text).map_err(|e| bad("weight_map".into(), e.to_string()))?;
+    let mut by_file: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (tensor, file) in weight_map {
+        let inside = !file.is_empty() && Path::new(&file).components().all(|part| matches!(part, Component::Normal(_)));
+        if !inside || !file.ends_with(".safetensors") {
+            let reason =
+                format!("names {file:?}, which is not a .safetensors file inside the folder; such an index is refused");
+            return Err(bad(format!("weight_map[{tensor:?}]"), reason));
+        }
+        by_file.entry(file).or_default().push(tensor);
+        if by_file.len() > MAX_FILES {
+            return Err(bad("weight_map".into(), format!("names more than {MAX_FILES} files")));
+        }
+    }
+    Ok(by_file)
 }
 
 /// The folder has neither file that it should have: says what it has instead.

@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use fixture::*;
-use fsdp_checkpoint::sharded::{ShardReport, commit, keep_newest, list, newest_valid, sweep};
+use fsdp_checkpoint::sharded::{ShardReport, commit, list, newest_valid, retain, sweep};
 
 const NUM_KILLS: usize = 20;
 const KEEP: usize = 2;
@@ -50,7 +50,7 @@ fn save_for_ever(root: &Path, rank: usize, first_step: u64) {
             let other: ShardReport = serde_json::from_str(&line).unwrap();
             commit(root, step, &save_id, &[report, other], meta(step)).unwrap();
             println!("{step}");
-            keep_newest(root, KEEP).unwrap();
+            retain(root, KEEP, 0).unwrap();
         }
     }
 }
@@ -138,7 +138,7 @@ fn kill_at_random_moments() {
         assert_eq!(num_names, list(root.path()).unwrap().len(), "round {round}: only whole checkpoints are left");
         assert!(num_names <= KEEP + 1, "round {round}: {num_names} checkpoints");
         // The kill may have come before the deletion, round after round.
-        keep_newest(root.path(), KEEP).unwrap();
+        retain(root.path(), KEEP, 0).unwrap();
     }
     assert!(newest_step > 0, "no checkpoint was ever committed");
     println!(

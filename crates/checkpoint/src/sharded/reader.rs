@@ -1,30 +1,32 @@
-//! Loading: nothing is handed out that does not match its digest.
+//! Loading: exactly the wanted bytes, of checkpoints whose every byte was compared with its digest.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use xxhash_rust::xxh3::Xxh3;
-
-use super::manifest::{ChunkEntry, Manifest, State, hex};
-use super::retention::{list, parse_dir_name};
+use super::manifest::{ChunkEntry, Manifest, State};
+use super::retention::parse_dir_name;
 use crate::durable;
-use crate::elements::{self, BUFFER_BYTES, Dtype, numel};
+use crate::elements::{self, Dtype};
 use crate::error::{CheckpointError, Result, summarize};
+use crate::shape::numel;
 
 /// A committed checkpoint, open for reading.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     manifest: Manifest,
-    files: Vec<File>,
     /// Chunks of each tensor by their first element; they tile it.
     by_tensor: BTreeMap<(State, String), Vec<usize>>,
-    /// Per chunk: its digest has been compared.
-    verified: Vec<AtomicBool>,
+    /// Chunks of each file by their first byte.
+    pub(super) by_file: Vec<Vec<usize>>,
+    /// The file read last: a checkpoint may have more of them than a process may have open.
+    last_file: Mutex<Option<(usize, Arc<File>)>>,
+    bytes_read: AtomicU64,
 }
 
 /// What [`newest_valid`] found.
@@ -46,55 +48,32 @@ pub struct Skipped {
 /// The newest checkpoint under `root` that validates in full (see [`Checkpoint::open`]).
 ///
 /// # Errors
-/// Only if the root cannot be listed.
+/// What is no damage (see [`CheckpointError::is_damage`]): it may pass, and then the newest is still the newest.
 pub fn newest_valid(root: &Path) -> Result<Newest> {
     let mut skipped = Vec::new();
-    for (step, path) in list(root)?.into_iter().rev() {
+    for (step, path) in super::list(root)?.into_iter().rev() {
         match Checkpoint::open(&path) {
             Ok(checkpoint) => return Ok(Newest { checkpoint: Some(checkpoint), skipped }),
-            Err(reason) => skipped.push(Skipped { step, path, reason }),
+            Err(reason) if reason.is_damage() => skipped.push(Skipped { step, path, reason }),
+            Err(error) => return Err(error),
         }
     }
     Ok(Newest { checkpoint: None, skipped })
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint and validates it in full: the manifest is whole, every file is there with the right size
-    /// and digest, the pieces cover every tensor exactly once. Reads all its bytes, so one rank does it for all.
+    /// Opens a checkpoint and validates it in full, in one process: see [`verify_file`](Self::verify_file).
     pub fn open(dir: &Path) -> Result<Self> {
         let checkpoint = Self::open_unread(dir)?;
-        for file in 0..checkpoint.files.len() {
-            checkpoint.verify_file(file)?;
-        }
+        checkpoint.verify_files(0..checkpoint.manifest.files.len())?;
         Ok(checkpoint)
     }
 
-    /// For the other ranks once one has [`open`](Self::open)ed the checkpoint: the same checks except the digests of the
-    /// files. The digest of a piece is compared when it is read.
-    ///
-    /// # Errors
-    /// Also if this is not the save that the first rank saw.
-    pub fn attach(dir: &Path, save_id: &str) -> Result<Self> {
-        let checkpoint = Self::open_unread(dir)?;
-        if checkpoint.manifest.save_id != save_id {
-            let reason = format!("{:?}, rank 0 sees {save_id:?}", checkpoint.manifest.save_id);
-            return Err(checkpoint.manifest_error("save_id", reason));
-        }
-        Ok(checkpoint)
-    }
-
-    /// Opens a checkpoint with all checks but the digests of its files; see [`Checkpoint::verify_files`].
+    /// The same checks except those of the files' content: the manifest is whole, the pieces cover every tensor exactly
+    /// once, every file is there with the right size. Ranks that load together open it so, verify some files each, and
+    /// use it once every rank has found its files good.
     pub fn open_unread(dir: &Path) -> Result<Self> {
         let manifest = Manifest::read(dir)?;
-        let mut files = Vec::with_capacity(manifest.files.len());
-        for entry in &manifest.files {
-            let path = dir.join(&entry.name);
-            let (file, got_bytes) = durable::open_regular(&path)?;
-            if got_bytes != entry.len_bytes {
-                return Err(CheckpointError::FileSize { path, expected_bytes: entry.len_bytes, got_bytes });
-            }
-            files.push(file);
-        }
         let mut by_tensor: BTreeMap<(State, String), Vec<usize>> = BTreeMap::new();
         for (i, chunk) in manifest.chunks.iter().enumerate() {
             by_tensor.entry((chunk.state, chunk.name.clone())).or_default().push(i);
@@ -104,11 +83,15 @@ impl Checkpoint {
         }
         let checkpoint = Checkpoint {
             dir: dir.to_path_buf(),
-            verified: manifest.chunks.iter().map(|_| AtomicBool::new(false)).collect(),
+            by_file: manifest.chunks_by_file(),
             manifest,
-            files,
             by_tensor,
+            last_file: Mutex::new(None),
+            bytes_read: AtomicU64::new(0),
         };
+        for file in 0..checkpoint.manifest.files.len() {
+            checkpoint.check_size(file)?;
+        }
         // A folder under another name is the user's own copy; under a step's name it must be that step.
         let named = dir.file_name().and_then(|name| parse_dir_name(name.to_str()?));
         match named {
@@ -118,6 +101,16 @@ impl Checkpoint {
             }
             _ => Ok(checkpoint),
         }
+    }
+
+    /// [`open_unread`](Self::open_unread) of a certain save.
+    pub fn attach(dir: &Path, save_id: &str) -> Result<Self> {
+        let checkpoint = Self::open_unread(dir)?;
+        if checkpoint.manifest.save_id != save_id {
+            let reason = format!("{:?}, expected {save_id:?}", checkpoint.manifest.save_id);
+            return Err(checkpoint.manifest_error("save_id", reason));
+        }
+        Ok(checkpoint)
     }
 
     pub fn dir(&self) -> &Path {
@@ -157,8 +150,8 @@ impl Checkpoint {
         Err(CheckpointError::Mismatch { path: self.dir.clone(), problems: summarize(&problems) })
     }
 
-    /// Elements `start..start + out.len()` of a flattened tensor, from whichever files hold them. A piece that is
-    /// touched for the first time is read in full and compared with its digest.
+    /// Elements `start..start + out.len()` of a flattened tensor, from whichever files hold them. Reads exactly these
+    /// bytes. Of a piece that is wanted as a whole, the digest is compared on the way.
     pub fn read_f32(&self, state: State, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
         let Some(chunks) = self.by_tensor.get(&(state, name.to_string())) else {
             let problems = format!("{} of {name} is missing", state.name());
@@ -177,96 +170,76 @@ impl Checkpoint {
                 break;
             }
             let (from, to) = (chunk.start.max(start), chunk.end().min(end));
-            let part = &mut out[from - start..to - start];
-            let inside = from - chunk.start..to - chunk.start;
-            if self.verified[i].load(Relaxed) {
-                let offset_bytes = chunk.offset_bytes + (inside.start * Dtype::F32.size_bytes()) as u64;
-                elements::read_f32(&self.files[chunk.file], Dtype::F32, offset_bytes, part)
-                    .map_err(CheckpointError::io("read", &self.file_path(chunk.file)))?;
-            } else {
-                self.read_verified(chunk, inside, part)?;
-                self.verified[i].store(true, Relaxed);
-            }
+            self.read_part(chunk, from - chunk.start..to - chunk.start, &mut out[from - start..to - start])?;
         }
         Ok(())
     }
 
-    /// Streams a whole piece through its digest and keeps the elements `wanted` of it.
-    fn read_verified(&self, chunk: &ChunkEntry, wanted: Range<usize>, out: &mut [f32]) -> Result<()> {
-        let size = Dtype::F32.size_bytes() as u64;
-        let bytes = chunk.offset_bytes..chunk.offset_bytes + chunk.len_bytes();
-        let got = self.stream(chunk.file, bytes.clone(), |offset_bytes, piece| {
-            let first = ((offset_bytes - chunk.offset_bytes) / size) as usize;
-            let from = first.max(wanted.start);
-            let to = (first + piece.len() / size as usize).min(wanted.end);
-            if from < to {
-                let piece = &piece[(from - first) * size as usize..(to - first) * size as usize];
-                elements::decode(Dtype::F32, piece, &mut out[from - wanted.start..to - wanted.start]);
-            }
-        })?;
-        if got == chunk.digest {
-            return Ok(());
+    fn read_part(&self, chunk: &ChunkEntry, wanted: Range<usize>, out: &mut [f32]) -> Result<()> {
+        if wanted == (0..chunk.len) {
+            let mut num_done = 0;
+            return self.read_whole(chunk, |bytes| {
+                let num = bytes.len() / Dtype::F32.size_bytes();
+                elements::decode(Dtype::F32, bytes, &mut out[num_done..num_done + num]);
+                num_done += num;
+            });
         }
-        let (state, name) = (chunk.state.name(), &chunk.name);
-        let what = format!("{state} of {name}, elements {}..{}", chunk.start, chunk.end());
-        Err(self.digest_error(chunk.file, what, bytes, &chunk.digest, got))
-    }
-
-    /// Compares the digests of these files, by their index in the manifest.
-    pub fn verify_files(&self, files: impl Iterator<Item = usize>) -> Result<()> {
-        for file in files {
-            self.verify_file(file)?;
-        }
+        let offset_bytes = chunk.offset_bytes + (wanted.start * Dtype::F32.size_bytes()) as u64;
+        elements::read_f32(&*self.file(chunk.file)?, Dtype::F32, offset_bytes, out)
+            .map_err(|error| self.read_error(chunk.file, error))?;
+        self.bytes_read.fetch_add((out.len() * Dtype::F32.size_bytes()) as u64, Relaxed);
         Ok(())
     }
 
-    fn verify_file(&self, file: usize) -> Result<()> {
-        let entry = &self.manifest.files[file];
-        let got = self.stream(file, 0..entry.len_bytes, |_, _| ())?;
-        if got == entry.digest {
-            return Ok(());
-        }
-        // Say which tensor it is, if it is one.
-        for chunk in self.manifest.chunks.iter().filter(|chunk| chunk.file == file) {
-            self.read_verified(chunk, 0..0, &mut [])?;
-        }
-        Err(self.digest_error(file, "the header".into(), 0..entry.len_bytes, &entry.digest, got))
+    /// Bytes read of the ranks' files so far, by whatever method.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Relaxed)
     }
 
-    /// Passes a range of a file to `visit` in pieces, each with its offset, and returns the range's digest.
-    fn stream(&self, file: usize, bytes: Range<u64>, mut visit: impl FnMut(u64, &[u8])) -> Result<String> {
-        let mut buffer = vec![0; (bytes.end - bytes.start).min(BUFFER_BYTES as u64) as usize];
-        let mut digest = Xxh3::new();
-        let mut offset_bytes = bytes.start;
-        while offset_bytes < bytes.end {
-            let num = (bytes.end - offset_bytes).min(BUFFER_BYTES as u64) as usize;
-            let piece = &mut buffer[..num];
-            self.files[file]
-                .read_exact_at(piece, offset_bytes)
-                .map_err(CheckpointError::io("read", &self.file_path(file)))?;
-            digest.update(piece);
-            visit(offset_bytes, piece);
-            offset_bytes += num as u64;
-        }
-        Ok(hex(digest.digest128()))
+    pub(super) fn add_bytes_read(&self, num: usize) {
+        self.bytes_read.fetch_add(num as u64, Relaxed);
     }
 
-    fn file_path(&self, file: usize) -> PathBuf {
+    pub(super) fn file(&self, file: usize) -> Result<Arc<File>> {
+        let mut last = self.last_file.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((open, handle)) if *open == file => Ok(handle.clone()),
+            _ => {
+                let path = self.check_size(file)?;
+                let handle = Arc::new(File::open(&path).map_err(CheckpointError::io("open", &path))?);
+                *last = Some((file, handle.clone()));
+                Ok(handle)
+            }
+        }
+    }
+
+    /// Checks that a file is there with its size, and returns its path.
+    fn check_size(&self, file: usize) -> Result<PathBuf> {
+        let path = self.file_path(file);
+        let expected_bytes = self.manifest.files[file].len_bytes;
+        match durable::unless_missing(path.metadata()) {
+            Err(error) => Err(CheckpointError::io("open", &path)(error)),
+            Ok(Some(found)) if found.is_file() && found.len() == expected_bytes => Ok(path),
+            Ok(Some(found)) if found.is_file() => {
+                Err(CheckpointError::FileSize { path, expected_bytes, got_bytes: found.len() })
+            }
+            Ok(_) => Err(CheckpointError::Missing { path }),
+        }
+    }
+
+    pub(super) fn read_error(&self, file: usize, error: io::Error) -> CheckpointError {
+        // A file that became shorter meanwhile is damaged.
+        match self.check_size(file) {
+            Err(damage) if error.kind() == io::ErrorKind::UnexpectedEof => damage,
+            _ => CheckpointError::io("read", &self.file_path(file))(error),
+        }
+    }
+
+    pub(super) fn file_path(&self, file: usize) -> PathBuf {
         self.dir.join(&self.manifest.files[file].name)
     }
 
-    fn digest_error(
-        &self,
-        file: usize,
-        what: String,
-        bytes: Range<u64>,
-        expected: &str,
-        got: String,
-    ) -> CheckpointError {
-        CheckpointError::Digest { path: self.file_path(file), what, bytes, expected: expected.to_string(), got }
-    }
-
-    fn manifest_error(&self, field: &str, reason: String) -> CheckpointError {
+    pub(super) fn manifest_error(&self, field: &str, reason: String) -> CheckpointError {
         CheckpointError::Manifest { path: self.dir.join(super::manifest::MANIFEST), field: field.to_string(), reason }
     }
 }

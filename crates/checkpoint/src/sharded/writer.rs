@@ -1,8 +1,7 @@
 //! Saving: every rank streams its pieces, rank 0 commits.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Write;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -10,8 +9,10 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::manifest::{ChunkEntry, FileEntry, MANIFEST, Manifest, ManifestMeta, State, file_name, hex};
 use super::retention::{dir_name, temp_name};
-use crate::elements::{self, BUFFER_BYTES, Dtype, numel};
+use crate::elements::{self, BUFFER_BYTES, Dtype};
 use crate::error::{CheckpointError, Result};
+use crate::fs::{Disk, FileSystem, FileToWrite};
+use crate::shape::numel;
 use crate::{durable, header};
 
 /// A piece that this rank saves: elements `start..start + len` of a flattened logical tensor.
@@ -36,10 +37,12 @@ pub struct ShardReport {
     pub chunks: Vec<ChunkEntry>,
 }
 
-/// Streams one rank's pieces into its file, taking digests on the way.
-pub struct ShardWriter {
-    file: File,
+/// Streams one rank's pieces into its file, taking digests on the way. May do so on a thread of its own.
+pub struct ShardWriter<F: FileSystem = Disk> {
+    fs: F,
+    file: F::File,
     path: PathBuf,
+    offset_bytes: u64,
     report: ShardReport,
     /// The piece being written and how many of its elements are.
     current: usize,
@@ -49,7 +52,7 @@ pub struct ShardWriter {
     buffer: Vec<u8>,
 }
 
-impl fmt::Debug for ShardWriter {
+impl<F: FileSystem> fmt::Debug for ShardWriter<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ShardWriter")
             .field("path", &self.path)
@@ -75,32 +78,39 @@ impl ShardWriter {
         world_size: usize,
         chunks: &[Chunk],
     ) -> Result<Self> {
+        Self::create_on(&Disk, root, step, save_id, rank, world_size, chunks)
+    }
+}
+
+impl<F: FileSystem> ShardWriter<F> {
+    /// See [`ShardWriter::create`].
+    pub fn create_on(
+        fs: &F,
+        root: &Path,
+        step: u64,
+        save_id: &str,
+        rank: usize,
+        world_size: usize,
+        chunks: &[Chunk],
+    ) -> Result<Self> {
         let final_dir = root.join(dir_name(step));
-        if final_dir.symlink_metadata().is_ok() {
+        if durable::exists(fs, &final_dir)? {
             return Err(CheckpointError::Exists { path: final_dir });
         }
         let temp_dir = root.join(temp_name(step, save_id));
-        durable::create_dir_all(&temp_dir)?;
+        durable::create_dir_all(fs, &temp_dir)?;
 
-        let chunks: Vec<&Chunk> = chunks.iter().filter(|chunk| chunk.len > 0).collect();
         let metadata = [
             ("save_id", save_id.to_string()),
             ("step", step.to_string()),
             ("rank", rank.to_string()),
             ("world_size", world_size.to_string()),
         ];
-        let described = chunks.iter().map(|chunk| {
+        let mut entries = Vec::with_capacity(chunks.len());
+        for chunk in chunks.iter().filter(|chunk| chunk.len > 0) {
             let end = chunk.start + chunk.len;
             assert!(numel(chunk.shape).is_some_and(|numel| end <= numel), "{} outside its tensor", chunk.name);
-            let key = format!("{}:{}[{}..{end}]", chunk.state.name(), chunk.name, chunk.start);
-            (key, safetensors::Dtype::F32, vec![chunk.len])
-        });
-        let header = header::encode(&metadata.into(), described);
-
-        let mut offset_bytes = header.len() as u64;
-        let mut entries = Vec::with_capacity(chunks.len());
-        for chunk in chunks {
-            let entry = ChunkEntry {
+            entries.push(ChunkEntry {
                 state: chunk.state,
                 name: chunk.name.to_string(),
                 shape: chunk.shape.to_vec(),
@@ -108,21 +118,25 @@ impl ShardWriter {
                 start: chunk.start,
                 len: chunk.len,
                 file: rank,
-                offset_bytes,
+                offset_bytes: 0,
                 digest: String::new(),
-            };
+            });
+        }
+        let described = entries.iter().map(|entry| (entry.key(), safetensors::Dtype::F32, vec![entry.len]));
+        let header = header::encode(&metadata.into(), described);
+        let mut offset_bytes = header.len() as u64;
+        for entry in &mut entries {
+            entry.offset_bytes = offset_bytes;
             offset_bytes += entry.len_bytes();
-            entries.push(entry);
         }
         let name = file_name(rank, world_size);
         let path = temp_dir.join(&name);
-        let mut file = durable::create_reserved(&path, offset_bytes)?;
-        file.write_all(&header).map_err(CheckpointError::write(&path, header.len() as u64))?;
-        let mut file_digest = Box::new(Xxh3::new());
-        file_digest.update(&header);
-        Ok(ShardWriter {
+        let file = durable::create_reserved(fs, &path, offset_bytes)?;
+        let mut writer = ShardWriter {
+            fs: fs.clone(),
             file,
             path,
+            offset_bytes: 0,
             report: ShardReport {
                 save_id: save_id.to_string(),
                 step,
@@ -134,9 +148,11 @@ impl ShardWriter {
             current: 0,
             written: 0,
             chunk_digest: Box::new(Xxh3::new()),
-            file_digest,
-            buffer: Vec::new(),
-        })
+            file_digest: Box::new(Xxh3::new()),
+            buffer: header,
+        };
+        writer.write_buffer()?;
+        Ok(writer)
     }
 
     /// The next values of the pieces, in the declared order; calls need not end where pieces do.
@@ -150,9 +166,7 @@ impl ShardWriter {
             let (part, rest) = values.split_at(num);
             elements::encode(Dtype::F32, part, &mut self.buffer).expect("every f32 is an f32");
             self.report.file.num_nonfinite += part.iter().filter(|value| !value.is_finite()).count() as u64;
-            self.file_digest.update(&self.buffer);
             self.chunk_digest.update(&self.buffer);
-            self.file.write_all(&self.buffer).map_err(CheckpointError::write(&self.path, self.buffer.len() as u64))?;
             self.written += num;
             if self.written == chunk.len {
                 chunk.digest = hex(self.chunk_digest.digest128());
@@ -160,9 +174,21 @@ impl ShardWriter {
                 self.current += 1;
                 self.written = 0;
             }
+            self.write_buffer()?;
             values = rest;
         }
         Ok(())
+    }
+
+    fn write_buffer(&mut self) -> Result<()> {
+        self.file_digest.update(&self.buffer);
+        self.file.write_all_at(&self.buffer, self.offset_bytes).map_err(|error| self.failed("write", error))?;
+        self.offset_bytes += self.buffer.len() as u64;
+        Ok(())
+    }
+
+    fn failed(&self, op: &'static str, error: io::Error) -> CheckpointError {
+        durable::write_error(&self.fs, op, &self.path, self.report.file.len_bytes, error)
     }
 
     /// Puts the file on disk.
@@ -171,18 +197,21 @@ impl ShardWriter {
     /// If values are missing.
     pub fn finish(mut self) -> Result<ShardReport> {
         assert_eq!(self.current, self.report.chunks.len(), "not all declared pieces were written");
-        self.file.sync_all().map_err(CheckpointError::write(&self.path, self.report.file.len_bytes))?;
+        self.file.sync().map_err(|error| self.failed("fsync", error))?;
         self.report.file.digest = hex(self.file_digest.digest128());
         Ok(self.report)
     }
 }
 
-/// Rank 0, with the report of every rank: writes the manifest and gives the folder its final name, which it returns.
-///
-/// # Errors
-/// Reports of another save, a rank missing or twice, pieces that do not cover every tensor exactly once; a failed
-/// write. Nothing is committed then; call [`abort`](super::abort).
-pub fn commit(root: &Path, step: u64, save_id: &str, reports: &[ShardReport], meta: ManifestMeta) -> Result<PathBuf> {
+/// See [`commit`](super::commit).
+pub fn commit_on<F: FileSystem>(
+    fs: &F,
+    root: &Path,
+    step: u64,
+    save_id: &str,
+    reports: &[ShardReport],
+    meta: ManifestMeta,
+) -> Result<PathBuf> {
     let bad = |reason: String| CheckpointError::Reports { step, reason };
     let mut sorted: Vec<&ShardReport> = reports.iter().collect();
     sorted.sort_by_key(|report| report.rank);
@@ -201,18 +230,23 @@ pub fn commit(root: &Path, step: u64, save_id: &str, reports: &[ShardReport], me
 
     let temp_dir = root.join(temp_name(step, save_id));
     let final_dir = root.join(dir_name(step));
-    if final_dir.symlink_metadata().is_ok() {
+    if durable::exists(fs, &final_dir)? {
         return Err(CheckpointError::Exists { path: final_dir });
     }
-    durable::write_new(&temp_dir.join(MANIFEST), manifest.to_sealed_text().as_bytes())?;
-    durable::sync_dir(&temp_dir)?;
-    if let Err(error) = durable::rename(&temp_dir, &final_dir) {
+    durable::write_new(fs, &temp_dir.join(MANIFEST), manifest.to_sealed_text().as_bytes())?;
+    durable::sync_dir(fs, &temp_dir)?;
+    if let Err(error) = durable::rename(fs, &temp_dir, &final_dir) {
         // NFS may repeat a rename that it has done, and then report that it failed.
-        if !Manifest::read(&final_dir).is_ok_and(|manifest| manifest.save_id == save_id) {
+        if !is_of_save(fs, &final_dir, save_id) {
             return Err(error);
         }
     }
-    durable::sync_dir(root)?;
-    durable::sync_dir(&durable::parent(root))?;
+    durable::sync_dirs_from(fs, root)?;
     Ok(final_dir)
+}
+
+fn is_of_save<F: FileSystem>(fs: &F, dir: &Path, save_id: &str) -> bool {
+    let path = dir.join(MANIFEST);
+    let text = fs.read(&path).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    text.is_some_and(|text| Manifest::parse(&text, &path).is_ok_and(|manifest| manifest.save_id == save_id))
 }

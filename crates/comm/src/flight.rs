@@ -63,7 +63,7 @@ impl FlightRecord {
         call.detail = detail;
         self.seq.store(call.seq, Ordering::Relaxed); // one thread calls the groups of a rank
         if let Some(progress) = &self.progress {
-            progress.enter(op, call.seq, unit);
+            progress.enter(op, call.seq, unit, call.num_bytes);
             progress.leave();
         }
         let mut entries = self.entries();

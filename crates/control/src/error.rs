@@ -21,8 +21,16 @@ pub enum ControlError {
     #[error("node list {list:?}, position {position}: {reason}")]
     NodeList { list: String, position: usize, reason: String },
 
-    #[error("port {port} of {host} is in use by another process; choose another one (--master-port, or MASTER_PORT)")]
-    PortInUse { host: String, port: u16 },
+    #[error(
+        "port {port} of {host} is in use by {}; choose another one (--master-port, or MASTER_PORT)",
+        .holder.as_deref().unwrap_or("another process")
+    )]
+    PortInUse {
+        host: String,
+        port: u16,
+        /// See [`crate::ports::holder`].
+        holder: Option<String>,
+    },
 
     #[error("the store cannot listen on {host}:{port}: {source}")]
     StoreBind { host: String, port: u16, source: io::Error },
@@ -56,6 +64,12 @@ pub enum ControlError {
 
     #[error("{}: expected a lock file that can be written, got: {source}", .path.display())]
     LockFile { path: PathBuf, source: io::Error },
+
+    #[error(
+        "{}: {num_starts} starts in a row failed without a new step, the last one: {last_failure}; find the cause, then \
+         delete this file to try again", .path.display()
+    )]
+    NoProgress { path: PathBuf, num_starts: u32, last_failure: String },
 
     #[error("error file {path}: {reason}")]
     ErrorFile { path: PathBuf, reason: String },

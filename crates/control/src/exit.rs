@@ -22,6 +22,17 @@ impl ExitStatus {
         self as i32
     }
 
+    /// What it tells whoever sees it.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            ExitStatus::Done => "done",
+            ExitStatus::Failed => "failed; no checkpoint is committed",
+            ExitStatus::BadInput => "the config or an input is wrong: correct it, then run again",
+            ExitStatus::Stopped => "stopped, or failed with a committed checkpoint: run the same command again",
+            ExitStatus::DoNotRerun => "do not run again: it diverged, or starts in a row made no new step",
+        }
+    }
+
     /// Ends the process without exit handlers: those of libraries may wait for threads that are stuck, or meet a device
     /// that is being given up. Nothing that is buffered is written.
     pub fn exit_now(self) -> ! {

@@ -5,9 +5,12 @@
 //! - [`mod@env`]: a rank's place in the run, from our launcher's variables, MPI's or SLURM's.
 //! - [`exit`]: the exit statuses of every program of a run.
 //! - [`store`]: key-value store over TCP for rendezvous (server and client).
+//! - [`child`]: the end of a child process.
 //! - [`lifeline`]: ranks die with their launcher, or with each other; process groups and inherited descriptors.
 //! - [`lock`]: one run at a time has an output folder.
+//! - [`ports`]: who has a port.
 //! - [`progress`]: counters in shared memory, from which the launcher sees where each rank is.
+//! - [`restarts`]: how many starts of a run in a row led nowhere.
 //! - [`slurm`]: what SLURM tells a task of a job step; node lists.
 //! - [`stop`]: signals that ask a rank to stop set a flag.
 //! - [`error_file`]: a failed rank's record of why it failed.
@@ -16,6 +19,7 @@
 //!
 //! Nothing here prints (but [`lock`], where a file system has no locks), and nothing here knows what a tensor or a training step is.
 
+pub mod child;
 pub mod env;
 pub mod error_file;
 pub mod exit;
@@ -23,7 +27,9 @@ pub mod failures;
 pub mod lifeline;
 pub mod lock;
 pub mod memory;
+pub mod ports;
 pub mod progress;
+pub mod restarts;
 pub mod slurm;
 pub mod stop;
 pub mod store;

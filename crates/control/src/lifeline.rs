@@ -46,6 +46,14 @@ impl Lifeline {
     pub fn inherit_fd(&self) -> RawFd {
         self.read_end.as_raw_fd()
     }
+
+    /// One more read end, for a process that is given it as its stdin and reads to the end.
+    ///
+    /// # Errors
+    /// The process has no descriptors left.
+    pub fn try_clone_read_end(&self) -> Result<OwnedFd, ControlError> {
+        self.read_end.try_clone().map_err(|source| ControlError::system("cannot hand on the lifeline pipe", source))
+    }
 }
 
 /// Ends this process with status 1 as soon as the launcher at the other end of `fd` is gone. Call once, early: takes
@@ -209,6 +217,17 @@ pub fn prepare_mpirun(command: &mut Command) {
             return Err(Errno::SRCH.into()); // the launcher died before the signal was set
         }
         Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes system calls only: it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(before_exec) };
+}
+
+/// Prepares `command` to start a process that outlives the launcher, to end what it leaves: it gets a process group of its
+/// own, and the signals that ask to stop blocked until it calls [`stop::StopFlag::install`].
+pub fn prepare_guard(command: &mut Command) {
+    let before_exec = || -> io::Result<()> {
+        rustix::process::setpgid(None, None)?;
+        stop::block_signals()
     };
     // SAFETY: between fork and exec the closure makes system calls only: it neither allocates nor takes a lock.
     unsafe { command.pre_exec(before_exec) };

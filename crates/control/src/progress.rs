@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::ControlError;
 use crate::lifeline::take_inherited;
 use crate::memory::SharedMemory;
@@ -16,7 +18,7 @@ use crate::memory::SharedMemory;
 /// Longest unit name kept, in bytes; longer ones are cut.
 pub const MAX_UNIT_BYTES: usize = 48;
 
-const MAGIC: u64 = u64::from_le_bytes(*b"fsdpprg1");
+const MAGIC: u64 = u64::from_le_bytes(*b"fsdpprg2");
 const RECORD_BYTES: usize = size_of::<Record>();
 
 /// A collective operation, as progress counters and error messages name it.
@@ -63,11 +65,64 @@ impl fmt::Display for Op {
     }
 }
 
+/// What a rank is busy with, as progress counters and error records name it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u32)]
+pub enum Phase {
+    /// Meeting the other ranks, making buffers and groups.
+    #[default]
+    Init = 0,
+    /// Reading weights or a checkpoint.
+    Load = 1,
+    /// Fetching the step's batch.
+    Data = 2,
+    ForwardBackward = 3,
+    /// Clipping and the update.
+    Optimizer = 4,
+    Checkpoint = 5,
+    Validation = 6,
+    /// Writing the finished model.
+    Export = 7,
+}
+
+impl Phase {
+    pub const fn from_code(code: u32) -> Option<Phase> {
+        Some(match code {
+            0 => Phase::Init,
+            1 => Phase::Load,
+            2 => Phase::Data,
+            3 => Phase::ForwardBackward,
+            4 => Phase::Optimizer,
+            5 => Phase::Checkpoint,
+            6 => Phase::Validation,
+            7 => Phase::Export,
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Phase::Init => "init",
+            Phase::Load => "load",
+            Phase::Data => "data",
+            Phase::ForwardBackward => "forward_backward",
+            Phase::Optimizer => "optimizer",
+            Phase::Checkpoint => "checkpoint",
+            Phase::Validation => "validation",
+            Phase::Export => "export",
+        })
+    }
+}
+
 /// Where a rank is. All zero and empty before the rank has written anything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Training step that it works on, from 1.
     pub step: u64,
+    pub phase: Phase,
     /// Sequence number of the collective it entered last.
     pub seq: u64,
     /// That collective.
@@ -76,6 +131,8 @@ pub struct Snapshot {
     pub inside: bool,
     /// Unit that the collective is for.
     pub unit: String,
+    /// Bytes of the collective's whole (unsharded) data.
+    pub num_bytes: u64,
 }
 
 /// One rank's counters, alone on its cache lines. `version` is odd while the others change.
@@ -84,8 +141,10 @@ struct Record {
     version: AtomicU32,
     op: AtomicU32,
     inside: AtomicU32,
+    phase: AtomicU32,
     step: AtomicU64,
     seq: AtomicU64,
+    num_bytes: AtomicU64,
     unit: [AtomicU64; MAX_UNIT_BYTES / 8],
 }
 
@@ -175,14 +234,20 @@ impl ProgressHandle {
         self.change(|record| record.step.store(step, Ordering::Relaxed));
     }
 
-    /// The rank enters collective number `seq`, for `unit`.
-    pub fn enter(&self, op: Op, seq: u64, unit: &str) {
+    /// The rank is busy with `phase` from now on.
+    pub fn set_phase(&self, phase: Phase) {
+        self.change(|record| record.phase.store(phase as u32, Ordering::Relaxed));
+    }
+
+    /// The rank enters collective number `seq`, for `unit`, of `num_bytes` bytes of whole (unsharded) data.
+    pub fn enter(&self, op: Op, seq: u64, unit: &str, num_bytes: u64) {
         let mut bytes = [0; MAX_UNIT_BYTES];
         let len = unit.len().min(MAX_UNIT_BYTES);
         bytes[..len].copy_from_slice(&unit.as_bytes()[..len]);
         self.change(|record| {
             record.op.store(op as u32, Ordering::Relaxed);
             record.seq.store(seq, Ordering::Relaxed);
+            record.num_bytes.store(num_bytes, Ordering::Relaxed);
             for (word, chunk) in record.unit.iter().zip(bytes.as_chunks::<8>().0) {
                 word.store(u64::from_ne_bytes(*chunk), Ordering::Relaxed);
             }
@@ -227,6 +292,8 @@ impl Record {
             op: Op::from_code(self.op.load(Ordering::Relaxed)).unwrap_or_default(),
             inside: self.inside.load(Ordering::Relaxed) == 1,
             unit: String::from_utf8_lossy(&bytes[..len]).into_owned(),
+            phase: Phase::from_code(self.phase.load(Ordering::Relaxed)).unwrap_or_default(),
+            num_bytes: self.num_bytes.load(Ordering::Relaxed),
         }
     }
 }
@@ -248,8 +315,17 @@ mod tests {
         let progress = Progress::create(3).unwrap();
         let handle = attach(&progress, 1).unwrap();
         handle.set_step(7);
-        handle.enter(Op::ReduceScatter, 41, "layers.3");
-        let inside = Snapshot { step: 7, seq: 41, op: Op::ReduceScatter, inside: true, unit: "layers.3".into() };
+        handle.set_phase(Phase::ForwardBackward);
+        handle.enter(Op::ReduceScatter, 41, "layers.3", 1 << 20);
+        let inside = Snapshot {
+            step: 7,
+            phase: Phase::ForwardBackward,
+            seq: 41,
+            op: Op::ReduceScatter,
+            inside: true,
+            unit: "layers.3".into(),
+            num_bytes: 1 << 20,
+        };
         assert_eq!(progress.snapshot(1), inside);
         handle.leave();
         assert_eq!(progress.snapshot(1), Snapshot { inside: false, ..inside });
@@ -258,9 +334,22 @@ mod tests {
     }
 
     #[test]
+    fn codes_and_names_go_together() {
+        for code in 0..=7 {
+            let phase = Phase::from_code(code).unwrap();
+            assert_eq!(phase as u32, code);
+            assert_eq!(serde_json::to_string(&phase).unwrap(), format!("\"{phase}\""));
+        }
+        for code in 0..=6 {
+            assert_eq!(Op::from_code(code).unwrap() as u32, code);
+        }
+        assert_eq!((Phase::from_code(8), Op::from_code(7)), (None, None));
+    }
+
+    #[test]
     fn long_unit_names_are_cut() {
         let progress = Progress::create(1).unwrap();
-        attach(&progress, 0).unwrap().enter(Op::AllGather, 1, &"u".repeat(60));
+        attach(&progress, 0).unwrap().enter(Op::AllGather, 1, &"u".repeat(60), 0);
         assert_eq!(progress.snapshot(0).unit, "u".repeat(48));
     }
 
@@ -276,7 +365,7 @@ mod tests {
                 while !stop.load(Ordering::Relaxed) {
                     seq += 1;
                     (0..100).for_each(|_| std::hint::spin_loop()); // a rank works between two collectives
-                    handle.enter(Op::AllGather, seq, &seq.to_string().repeat(3));
+                    handle.enter(Op::AllGather, seq, &seq.to_string().repeat(3), 3 * seq);
                 }
             })
         };
@@ -284,6 +373,7 @@ mod tests {
             let snapshot = progress.snapshot(0);
             if snapshot.seq > 0 {
                 assert_eq!(snapshot.unit, snapshot.seq.to_string().repeat(3));
+                assert_eq!(snapshot.num_bytes, 3 * snapshot.seq);
             }
         }
         stop.store(true, Ordering::Relaxed);

@@ -90,7 +90,7 @@ fn role() {
             let env = WorkerEnv::from_env().unwrap();
             let progress = Progress::attach(env.progress_fd.unwrap(), env.local_rank).unwrap();
             progress.set_step(3);
-            progress.enter(Op::Barrier, 9, "head");
+            progress.enter(Op::Barrier, 9, "head", 0);
             assert_eq!(rustix::process::getpgid(None).unwrap(), rustix::process::getpid(), "own process group");
             println!("ready");
             std::thread::sleep(LONG);

@@ -97,7 +97,7 @@ impl Communicator {
         let failure = self.vitals.failure();
         // The counters show where this rank was.
         if let (Some(progress), Some(call)) = (self.calls.progress(), failure.call()) {
-            progress.enter(call.op, call.seq, &call.unit);
+            progress.enter(call.op, call.seq, &call.unit, call.num_bytes);
         }
         Err(failure.to_error(self.rank))
     }
@@ -159,7 +159,7 @@ impl Communicator {
         if num_polls == NUM_YIELDS
             && let Some(progress) = self.calls.progress()
         {
-            progress.enter(call.op, call.seq, &call.unit);
+            progress.enter(call.op, call.seq, &call.unit, call.num_bytes);
         }
         if num_polls < NUM_YIELDS { std::thread::yield_now() } else { std::thread::sleep(PAUSE) }
     }

@@ -160,7 +160,7 @@ impl NcclGroup {
         }
         // Before NCCL meets, which cannot say who does not come. The counters tell who has come and who has not.
         if let Some(progress) = calls.progress() {
-            progress.enter(call.op, call.seq, &call.unit);
+            progress.enter(call.op, call.seq, &call.unit, call.num_bytes);
         }
         store.barrier(&format!("{prefix}/set"), rank, world_size, timeout)?;
         let got = store.get(&format!("{prefix}/id"), timeout)?;

@@ -130,7 +130,7 @@ impl NcclGroup {
         })?;
         self.passing.record(&self.lane)?;
         if let Some(progress) = self.calls.progress() {
-            progress.enter(call.op, call.seq, &call.unit);
+            progress.enter(call.op, call.seq, &call.unit, call.num_bytes);
         }
         self.passing.synchronize()?;
         // An abort lets the device go on as if all were done.

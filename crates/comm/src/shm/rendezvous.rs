@@ -86,7 +86,7 @@ impl ShmGroup {
         // Before the first wait, so that the counters tell who has come and who has not.
         if let Some(progress) = calls.progress() {
             let upcoming = calls.upcoming(Op::Barrier, 0, RENDEZVOUS);
-            progress.enter(upcoming.op, upcoming.seq, &upcoming.unit);
+            progress.enter(upcoming.op, upcoming.seq, &upcoming.unit, upcoming.num_bytes);
         }
         store.barrier(&format!("shm/{name}/{number}/set"), rank, world_size, timeout)?;
         let mut cards = Vec::new();

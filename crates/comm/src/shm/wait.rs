@@ -45,7 +45,7 @@ impl ShmGroup {
     /// come there itself.
     pub(super) fn wait(&mut self, channel: &Channel, phase: Phase, n: u32, call: &Call) -> Result<(), CommError> {
         if let Some(progress) = self.calls.progress() {
-            progress.enter(call.op, call.seq, &call.unit);
+            progress.enter(call.op, call.seq, &call.unit, call.num_bytes);
         }
         let arrived = spin(channel, phase, n);
         if !arrived {

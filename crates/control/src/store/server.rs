@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::wire::{self, Kind, MAX_VALUE_BYTES, Reply, Request};
-use crate::ControlError;
+use crate::{ControlError, ports};
 
 /// Bounds on what clients can make the server hold. A rank has up to four connections, so there is room for 4096 ranks; each
 /// connection takes a thread and a descriptor.
@@ -49,7 +49,9 @@ impl StoreServer {
     /// The port is in use, or the host is not an address of this machine.
     pub fn bind((host, port): (&str, u16)) -> Result<Self, ControlError> {
         let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => ControlError::PortInUse { host: host.into(), port },
+            io::ErrorKind::AddrInUse => {
+                ControlError::PortInUse { host: host.into(), port, holder: ports::holder(port) }
+            }
             _ => ControlError::StoreBind { host: host.into(), port, source },
         };
         allow_descriptors();

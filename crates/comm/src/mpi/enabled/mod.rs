@@ -74,7 +74,7 @@ impl MpiGroup {
         let number = store.add(&format!("mpi/rank-{rank}/groups"), 1)?;
         if let Some(progress) = calls.progress() {
             let upcoming = calls.upcoming(Op::Barrier, 0, RENDEZVOUS);
-            progress.enter(upcoming.op, upcoming.seq, &upcoming.unit);
+            progress.enter(upcoming.op, upcoming.seq, &upcoming.unit, upcoming.num_bytes);
         }
         store.barrier(&format!("mpi/{number}/start"), rank, world_size, timeout)?;
 

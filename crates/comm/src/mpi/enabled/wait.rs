@@ -71,7 +71,7 @@ impl MpiGroup {
         mut is_done: impl FnMut(&mut Self) -> Result<bool, CommError>,
     ) -> Result<(), CommError> {
         if let Some(progress) = self.calls.progress() {
-            progress.enter(call.op, call.seq, &call.unit);
+            progress.enter(call.op, call.seq, &call.unit, call.num_bytes);
         }
         let mut waited = Duration::ZERO;
         let mut last_look_around = Instant::now();

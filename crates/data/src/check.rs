@@ -19,6 +19,8 @@ pub struct CheckReport {
     pub cut: u64,
     /// Samples with no such token.
     pub without_loss: u64,
+    /// Characters, white space apart, that no token stands for, so that the model never sees them.
+    pub dropped_chars: u64,
     /// As [`Dataset::format`].
     pub format: Format,
 }
@@ -34,10 +36,12 @@ pub fn check(spec: &DataSpec, limit_bytes_per_file: u64) -> Result<CheckReport, 
         valid_tokens: 0,
         cut: 0,
         without_loss: 0,
+        dropped_chars: 0,
         format: dataset.format(),
     };
     for index in 0..dataset.num_samples() {
-        let sample = dataset.sample(index)?;
+        let (sample, dropped_chars) = dataset.sample_and_dropped(index)?;
+        report.dropped_chars += dropped_chars;
         report.max_tokens = report.max_tokens.max(sample.num_tokens_uncut);
         // The first position is nobody's target.
         let valid_tokens = sample.labels.iter().skip(1).filter(|l| **l != IGNORED).count() as u64;

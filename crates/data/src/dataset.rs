@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::path::PathBuf;
 
 use crate::error::DataError;
-use crate::format::{Format, LineFormat};
+use crate::format::{Format, LineFormat, Located, Record};
 use crate::line_file::LineFile;
 use crate::sample::{Sample, SampleBuilder};
 use crate::tokenizer::TextTokenizer;
@@ -138,15 +138,32 @@ impl Dataset {
 
     /// Reads, parses and tokenises sample `index` of the files' order.
     pub(crate) fn sample(&self, index: u64) -> Result<Sample, DataError> {
+        self.build(index, self.record(index)?)
+    }
+
+    /// Sample `index` and the characters of it that the tokenizer leaves out.
+    pub(crate) fn sample_and_dropped(&self, index: u64) -> Result<(Sample, u64), DataError> {
+        let record = self.record(index)?;
+        let num_dropped = self.builder.num_dropped(&record).map_err(|problem| self.error(index, (problem, None)))?;
+        Ok((self.build(index, record)?, num_dropped))
+    }
+
+    fn record(&self, index: u64) -> Result<Record, DataError> {
         let DataFile { lines, format, first_sample } = &self.files[self.file_of(index)];
-        let line = index - first_sample;
-        let sample = format
-            .parse(&lines.read(line)?)
-            .and_then(|record| self.builder.build(record).map_err(|problem| (problem, None)))
-            .map_err(|problem| lines.error(line, problem))?;
+        let line = lines.read(index - first_sample)?;
+        format.parse(&line).map_err(|problem| self.error(index, problem))
+    }
+
+    fn build(&self, index: u64, record: Record) -> Result<Sample, DataError> {
+        let sample = self.builder.build(record).map_err(|problem| self.error(index, (problem, None)))?;
         if sample.num_tokens_uncut > sample.input_ids.len() {
             self.num_cut.set(self.num_cut.get() + 1);
         }
         Ok(sample)
+    }
+
+    fn error(&self, index: u64, problem: Located) -> DataError {
+        let DataFile { lines, first_sample, .. } = &self.files[self.file_of(index)];
+        lines.error(index - first_sample, problem)
     }
 }

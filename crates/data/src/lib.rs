@@ -35,7 +35,7 @@ pub use error::{DataError, LineProblem};
 pub use format::Format;
 pub use line_file::MAX_LINE_BYTES;
 pub use loader::{Loader, MicroBatch, Position};
-pub use tokenizer::TextTokenizer;
+pub use tokenizer::{TextTokenizer, tokenizer_digest};
 
 /// The label and target of a position that takes no part in the loss.
 pub const IGNORED: i64 = -100;

@@ -48,6 +48,16 @@ impl SampleBuilder {
         }
     }
 
+    /// Characters of a record's texts that the tokenizer leaves out.
+    pub(crate) fn num_dropped(&self, record: &Record) -> Result<u64, LineProblem> {
+        let count = |text| self.tokenizer().num_dropped(text, self.seq_len).map_err(LineProblem::Tokenizer);
+        match record {
+            Record::Tokens { .. } => Ok(0),
+            Record::Text(text) => count(text),
+            Record::Completion { prompt, completion } => Ok(count(prompt)? + count(completion)?),
+        }
+    }
+
     fn tokenizer(&self) -> &TextTokenizer {
         self.tokenizer.as_ref().expect("opened with the data set if a file is text")
     }

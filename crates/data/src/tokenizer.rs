@@ -16,6 +16,8 @@ use crate::format::Format;
 
 /// The largest tokenizer.json is about 35 MB.
 const MAX_FILE_BYTES: u64 = 256 << 20;
+/// Of the files beside it. In memory a value takes tens of times the bytes of its text.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// `tokenizer.json` with the special tokens that `tokenizer_config.json` and `special_tokens_map.json` name.
 #[derive(Debug)]
@@ -27,6 +29,14 @@ pub struct TextTokenizer {
     bos_id: Option<i64>,
     eos_id: Option<i64>,
     pad_id: i64,
+    /// Of a character that it does not know, nothing may be left.
+    drops_characters: bool,
+}
+
+/// xxh3-128 digest of a model folder's tokenizer.json, as 32 hexadecimal digits; of nothing where there is no such file.
+pub fn tokenizer_digest(dir: &Path) -> String {
+    let bytes = std::fs::read(dir.join("tokenizer.json")).unwrap_or_default();
+    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&bytes))
 }
 
 impl TextTokenizer {
@@ -36,7 +46,7 @@ impl TextTokenizer {
     /// is silent, if the post-processor of tokenizer.json does.
     pub fn open(dir: &Path) -> Result<Self, DataError> {
         let path = dir.join("tokenizer.json");
-        let bytes = read_bounded(&path)?.ok_or_else(|| DataError::Tokenizer {
+        let bytes = read_bounded(&path, MAX_FILE_BYTES)?.ok_or_else(|| DataError::Tokenizer {
             path: path.clone(),
             reason: "is missing; the model folder needs it (transformers writes it: \
                      AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
@@ -81,7 +91,9 @@ impl TextTokenizer {
         let bos_id = bos.filter(|_| adds_bos);
         // What it adds is known now; from here on, this crate adds it.
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
-        Ok(TextTokenizer { path, tokenizer, largest, bos_id, eos_id, pad_id })
+        // No vocabulary has the last character of Unicode. A tokenizer that fails on it fails on texts, too.
+        let drops_characters = num_dropped(&tokenizer, "\u{10ffff}").is_ok_and(|num| num > 0);
+        Ok(TextTokenizer { path, tokenizer, largest, bos_id, eos_id, pad_id, drops_characters })
     }
 
     /// The ids of a user's prompt as a model trained on `format` should see it: the format's prompt text around it,
@@ -132,17 +144,19 @@ impl TextTokenizer {
     /// The ids of `text` alone, nothing added; all of them, or well more than `num_tokens`. Of a text far longer than
     /// that only the beginning is tokenised, which takes hundreds of bytes of memory for each byte of text.
     pub(crate) fn encode_first(&self, text: &str, num_tokens: usize) -> Result<Vec<i64>, String> {
-        let mut end = text.len().min(num_tokens.saturating_mul(16));
-        while !text.is_char_boundary(end) {
-            end -= 1;
-        }
-        let beginning = &text[..end];
+        let beginning = beginning(text, num_tokens);
         let ids = self.encode(beginning)?;
         // How the beginning ends is not how the text goes on, but that shows only in its last few ids.
         if beginning.len() == text.len() || ids.len() > 2 * num_tokens + 64 {
             return Ok(ids);
         }
         self.encode(text)
+    }
+
+    /// Characters of the beginning of `text`, as [`TextTokenizer::encode_first`] has it, that no token stands for, white space
+    /// apart. Only tokenizers with neither bytes nor an unknown token leave any out.
+    pub(crate) fn num_dropped(&self, text: &str, num_tokens: usize) -> Result<u64, String> {
+        if self.drops_characters { num_dropped(&self.tokenizer, beginning(text, num_tokens)) } else { Ok(0) }
     }
 
     /// The error is the reason, without a path.
@@ -159,6 +173,37 @@ impl TextTokenizer {
     }
 }
 
+/// So much of `text` that it nearly always has more than `num_tokens` tokens.
+fn beginning(text: &str, num_tokens: usize) -> &str {
+    let mut end = text.len().min(num_tokens.saturating_mul(16));
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+/// Characters of `text` that are in no token and are no white space.
+fn num_dropped(tokenizer: &Tokenizer, text: &str) -> Result<u64, String> {
+    let encoding = guarded(|| tokenizer.encode(text, false))?;
+    // For each byte, how many tokens begin there less those that end there.
+    let mut changes = vec![0i64; text.len() + 1];
+    for &(start, end) in encoding.get_offsets() {
+        if start < end && end <= text.len() {
+            changes[start] += 1;
+            changes[end] -= 1;
+        }
+    }
+    let mut num_open = 0;
+    let covered: Vec<bool> = changes
+        .iter()
+        .map(|change| {
+            num_open += change;
+            num_open > 0
+        })
+        .collect();
+    Ok(text.char_indices().filter(|(at, c)| !c.is_whitespace() && !covered[*at]).count() as u64)
+}
+
 /// `"<s>"` or `{"content": "<s>", ...}`.
 fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
@@ -166,24 +211,24 @@ fn token_text(value: &Value) -> Option<&str> {
 
 /// A JSON file of the model folder; null if there is none.
 fn read_json(path: &Path) -> Result<Value, DataError> {
-    let Some(bytes) = read_bounded(path)? else {
+    let Some(bytes) = read_bounded(path, MAX_CONFIG_BYTES)? else {
         return Ok(Value::Null);
     };
     serde_json::from_slice(&bytes)
         .map_err(|e| DataError::Tokenizer { path: path.to_owned(), reason: format!("is not JSON: {e}") })
 }
 
-fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, DataError> {
+fn read_bounded(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>, DataError> {
     let io = |source| DataError::Io { path: path.to_owned(), action: "read", source };
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) => metadata,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(io(e)),
     };
-    if !metadata.is_file() || metadata.len() > MAX_FILE_BYTES {
+    if !metadata.is_file() || metadata.len() > max_bytes {
         return Err(DataError::Tokenizer {
             path: path.to_owned(),
-            reason: format!("expected a regular file of at most {MAX_FILE_BYTES} bytes"),
+            reason: format!("expected a regular file of at most {max_bytes} bytes"),
         });
     }
     std::fs::read(path).map(Some).map_err(io)

@@ -184,6 +184,7 @@ fn the_check_reads_whole_lines_up_to_its_limit() {
         valid_tokens: report.samples * 504,
         cut: 0,
         without_loss: 0,
+        dropped_chars: 0,
         format: Format::Tokens,
     };
     assert_eq!(report, expected);

@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 
 use common::{BOS, EOS, Folder, VOCAB, character_tokenizer, ids};
-use fsdp_data::{DataError, Dataset, Format, TextTokenizer, check};
+use fsdp_data::{DataError, DataSpec, Dataset, Format, TextTokenizer, check};
 use serde_json::{Value, json};
 
 #[test]
@@ -83,6 +83,36 @@ fn decoding_leaves_out_special_and_unknown_tokens() {
     all.extend([EOS, 99_999, -100]);
     assert_eq!(tokenizer.decode(&all).unwrap(), "planet 7");
     assert_eq!(tokenizer.vocab_size(), VOCAB);
+}
+
+#[test]
+fn characters_without_a_token_are_counted() {
+    let bpe = |unk_token: Value, byte_fallback: bool| {
+        let mut vocab = json!({"a": 0, "b": 1, "ab": 2, "?": 3});
+        if byte_fallback {
+            (0..256).for_each(|byte| vocab[format!("<0x{byte:02X}>")] = json!(4 + byte));
+        }
+        let merges = json!([["a", "b"]]);
+        json!({"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": unk_token, "byte_fallback": byte_fallback})
+    };
+    let folder = Folder::with_tokenizer();
+    let text = folder.write("text.jsonl", "{\"text\":\"ab cé 日本\"}\n{\"text\":\"a\"}\n{\"text\":\"zzz\"}\n");
+    let pairs = folder.write("pairs.jsonl", "{\"prompt\":\"ac\",\"completion\":\"bcd\"}\n");
+    for (model, in_text, in_pairs) in [
+        (bpe(Value::Null, false), 4 + 3, 1 + 2),
+        (bpe(json!("?"), false), 0, 0),
+        (bpe(Value::Null, true), 0, 0),
+        (character_tokenizer()["model"].clone(), 0, 0),
+    ] {
+        let mut tokenizer = character_tokenizer();
+        tokenizer["pre_tokenizer"] = json!({"type": "WhitespaceSplit"});
+        tokenizer["model"] = model.clone();
+        folder.write("tokenizer.json", tokenizer.to_string());
+        for (file, expected) in [(&text, in_text), (&pairs, in_pairs)] {
+            let spec = DataSpec { vocab_size: 1000, ..folder.spec(std::slice::from_ref(file), Format::Auto, 64) };
+            assert_eq!(check(&spec, u64::MAX).unwrap().dropped_chars, expected, "{file:?}: {model}");
+        }
+    }
 }
 
 #[test]
@@ -175,6 +205,8 @@ fn broken_tokenizer_files_are_errors() {
     folder.write("tokenizer.json", character_tokenizer().to_string());
     folder.write("tokenizer_config.json", "{\"bos_token\":");
     assert!(open().contains("tokenizer_config.json: is not JSON: "));
+    folder.write("tokenizer_config.json", " ".repeat((4 << 20) + 1));
+    assert!(open().contains("tokenizer_config.json: expected a regular file of at most 4194304 bytes"));
     fs::remove_file(folder.path().join("tokenizer_config.json")).unwrap();
     fs::create_dir(folder.path().join("tokenizer_config.json")).unwrap();
     assert!(open().contains("tokenizer_config.json: expected a regular file"));

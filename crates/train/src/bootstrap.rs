@@ -9,10 +9,12 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use fsdp_checkpoint::sharded;
 use fsdp_config::{Backend, ConfigError, JobConfig};
 use fsdp_control::env::{StartedBy, WorkerEnv};
 use fsdp_control::error_file::{self, ErrorRecord};
 use fsdp_control::lock::Lock;
+use fsdp_control::restarts::{self, MAX_FRUITLESS_STARTS, Reached, Start};
 use fsdp_control::store::{Store, StoreServer};
 use fsdp_control::{ControlError, ExitStatus, failures};
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,8 @@ pub struct Run {
     ties: Option<Ties>,
     /// Rank 0's, where no launcher has them.
     server: Option<StoreServer>,
+    /// The count of starts that led nowhere, and the output folder's lock: rank 0's, where no launcher has them.
+    start: Option<Start>,
     _lock: Option<Lock>,
 }
 
@@ -86,7 +90,7 @@ impl Run {
                         Some(Ties::new(store, &env, timeout, Arc::new(Output::of(&config).into()))?)
                     }
                 };
-                Ok(Run { config, env, ties, server: None, _lock: None })
+                Ok(Run { config, env, ties, server: None, start: None, _lock: None })
             }
         }
     }
@@ -98,7 +102,7 @@ impl Run {
             .map_err(|error| Refused { error: Some(Box::new(error.into())), status: ExitStatus::BadInput })?;
         let mut store = Store::connect((&env.master_addr, env.master_port), START_TIMEOUT)?;
         store.set("run", run_id.as_bytes())?;
-        let (config, digest, lock) = match prepare(config, sets) {
+        let (config, digest, lock, start) = match prepare(config, sets) {
             Ok(prepared) => prepared,
             Err(error) => {
                 announce(&mut store, &Announcement::Refused)?;
@@ -111,7 +115,7 @@ impl Run {
         };
         let mut ties = Ties::new(store, &env, START_TIMEOUT, Arc::new(Output::of(&config).into()))?;
         announce(&mut ties.store, &Announcement::Config { digest, resolved: config.to_toml() })?;
-        Run { config, env, ties: Some(ties), server: Some(server), _lock: Some(lock) }.agree(Ok(()))
+        Run { config, env, ties: Some(ties), server: Some(server), start: Some(start), _lock: Some(lock) }.agree(Ok(()))
     }
 
     /// Another rank without a launcher.
@@ -158,7 +162,7 @@ impl Run {
                 config.display()
             ))),
         });
-        Run { config: resolved, env, ties: Some(ties), server: None, _lock: None }.agree(same)
+        Run { config: resolved, env, ties: Some(ties), server: None, start: None, _lock: None }.agree(same)
     }
 
     /// Waits until all ranks have the same config. `own` says whether this one has.
@@ -183,8 +187,16 @@ impl Run {
     /// Ends this rank's part of the run: hears and tells what became of it. Rank 0 ends last where it serves the store.
     ///
     /// The status is the same on all ranks that come to their end: where one has failed, that of the first failure that
-    /// can be a cause, and 75 instead of 1 where a checkpoint is committed.
+    /// can be a cause, and 75 instead of 1 where a checkpoint is committed. Rank 0 may say 93 instead, where this was the last
+    /// of the starts that led nowhere; schedulers take the largest.
     pub fn end(mut self, outcome: Result<Outcome, Box<ErrorRecord>>) -> ExitStatus {
+        let start = self.start.take();
+        let (status, cause) = self.judge(outcome);
+        start.map_or(status, |start| conclude(start, status, cause.as_ref(), &self.config.output.dir))
+    }
+
+    /// The status, and the first failure if there was one.
+    fn judge(&mut self, outcome: Result<Outcome, Box<ErrorRecord>>) -> (ExitStatus, Option<ErrorRecord>) {
         let dir = &self.config.output.dir;
         let own = match (&outcome, self.ties.take()) {
             (Ok(outcome), ties) => {
@@ -192,19 +204,52 @@ impl Run {
                     ties.let_go();
                 }
                 match outcome {
-                    Outcome::Done => ExitStatus::Done,
-                    Outcome::Stopped => ExitStatus::Stopped,
+                    Outcome::Done => (ExitStatus::Done, None),
+                    Outcome::Stopped => (ExitStatus::Stopped, None),
                 }
             }
             // The launcher judges.
-            (Err(record), None) => ExitStatus::from_code(record.exit_status).unwrap_or(ExitStatus::Failed),
-            (Err(record), Some(ties)) => verdict::verdict(&ties.fail(record), dir),
+            (Err(record), None) => (ExitStatus::from_code(record.exit_status).unwrap_or(ExitStatus::Failed), None),
+            (Err(record), Some(ties)) => {
+                let cause = ties.fail(record);
+                (verdict::verdict(&cause, dir), Some(cause))
+            }
         };
         let Some(server) = &self.server else { return own };
         let patience = if outcome.is_ok() { Duration::from_secs(self.config.fsdp.timeout_secs) } else { GRACE };
         let Some(cause) = verdict::wait_for_others(server, &self.env, patience) else { return own };
         verdict::report(&cause, self.env.rank, &Output::of(&self.config));
-        verdict::verdict(&cause, dir)
+        (verdict::verdict(&cause, dir), Some(cause))
+    }
+}
+
+/// Keeps count of the starts that led nowhere, and ends the run where they are too many.
+fn conclude(start: Start, status: ExitStatus, cause: Option<&ErrorRecord>, dir: &Path) -> ExitStatus {
+    match (status, cause) {
+        (ExitStatus::Done, _) => start.finish(),
+        (ExitStatus::BadInput, _) | (ExitStatus::Stopped, None) => start.stop(reached(dir)),
+        (ExitStatus::Stopped | ExitStatus::Failed | ExitStatus::DoNotRerun, cause) => {
+            let path = start.path().to_owned();
+            let num_fruitless = start.fail(reached(dir), &cause.map_or_else(String::new, ToString::to_string));
+            if num_fruitless >= MAX_FRUITLESS_STARTS && status != ExitStatus::DoNotRerun {
+                verdict::say(format_args!(
+                    "fsdp-train: {num_fruitless} starts in a row ended without a new step; look at the cause, then delete {} \
+                     to try again",
+                    path.display()
+                ));
+                return ExitStatus::DoNotRerun;
+            }
+        }
+    }
+    status
+}
+
+/// How far the run in the output folder has come.
+fn reached(dir: &Path) -> Reached {
+    let checkpoints = sharded::list(&dir.join("checkpoints")).unwrap_or_default();
+    Reached {
+        checkpoint_step: checkpoints.last().map_or(0, |(step, _)| *step),
+        finished_step: restarts::finished_step(&dir.join("metrics.jsonl")),
     }
 }
 
@@ -268,8 +313,8 @@ pub fn resolve_backend(
     Err(TrainError::BadInput(format!("{why} expects ranks that an MPI started, got ranks started by {got}")))
 }
 
-/// Rank 0: the config, its digest, and the lock of the output folder, which is made ready for the run.
-fn prepare(path: &Path, sets: &[String]) -> Result<(JobConfig, String, Lock), TrainError> {
+/// Rank 0: the config, its digest, and the lock of the output folder, which is made ready for the run; its start is noted.
+fn prepare(path: &Path, sets: &[String]) -> Result<(JobConfig, String, Lock, Start), TrainError> {
     let config = JobConfig::load(path, sets)?;
     let digest = digest(path, sets)?;
     let dir = &config.output.dir;
@@ -286,7 +331,8 @@ fn prepare(path: &Path, sets: &[String]) -> Result<(JobConfig, String, Lock), Tr
         .and_then(|()| std::fs::rename(&temporary, &whole))
         .map_err(|source| TrainError::Io { path: whole, source })?;
     error_file::remove_all(&log_dir)?;
-    Ok((config, digest, lock))
+    let start = Start::begin(dir, reached(dir))?;
+    Ok((config, digest, lock, start))
 }
 
 fn digest(path: &Path, sets: &[String]) -> Result<String, TrainError> {

@@ -10,7 +10,8 @@ use fsdp::{Engine, LossScaler, StateKind};
 use fsdp_checkpoint::sharded::{self, Checkpoint, Manifest, State};
 use fsdp_config::{JobConfig, Resume, compatible_for_resume};
 use fsdp_control::store::Store;
-use fsdp_data::Position;
+use fsdp_data::{Position, tokenizer_digest};
+use fsdp_plan::Architecture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::error::TrainError;
@@ -37,6 +38,9 @@ pub struct TrainerState {
     /// Sequences of a step over all ranks; `None` in checkpoints of before it was kept.
     #[serde(default)]
     pub global_batch_size: Option<u64>,
+    /// The text of the model's `config.json`; likewise.
+    #[serde(default)]
+    pub model_config: Option<String>,
 }
 
 /// The folder of a run's checkpoints.
@@ -51,16 +55,21 @@ pub struct Resumed {
     pub state: TrainerState,
 }
 
-/// Digests of what a checkpoint is of besides its config.
+/// What a checkpoint is of besides its config.
 #[derive(Debug, Clone)]
 pub struct Inputs {
     pub data_digest: String,
     pub tokenizer_digest: String,
+    /// The text of the model's `config.json`.
+    pub model_config: String,
 }
 
 impl Inputs {
-    pub fn of(config: &JobConfig, data_digest: String) -> Self {
-        Inputs { data_digest, tokenizer_digest: tokenizer_digest(Path::new(&config.model.path)) }
+    pub fn of(config: &JobConfig, data_digest: String) -> Result<Self, TrainError> {
+        let dir = Path::new(&config.model.path);
+        let path = dir.join("config.json");
+        let model_config = std::fs::read_to_string(&path).map_err(|source| TrainError::Io { path, source })?;
+        Ok(Inputs { data_digest, tokenizer_digest: tokenizer_digest(dir), model_config })
     }
 }
 
@@ -94,6 +103,8 @@ pub fn choose(
             None => attach(&path, &save_id)?,
         };
         check_same_job(config, inputs, checkpoint.manifest(), &path)?;
+        let state = trainer_state(&checkpoint)?;
+        check_same_model(inputs, state.model_config.as_deref(), &path)?;
         let num_files = checkpoint.manifest().files.len();
         let finding = match checkpoint.verify_files((rank..num_files).step_by(world_size)) {
             Ok(()) => None,
@@ -114,7 +125,6 @@ pub fn choose(
                 if rank == 0 {
                     set_aside(&damaged)?;
                 }
-                let state = trainer_state(&checkpoint)?;
                 return Ok(Some(Resumed { checkpoint, state }));
             }
         }
@@ -181,7 +191,10 @@ fn attach(path: &Path, save_id: &str) -> Result<Checkpoint, TrainError> {
     let start = Instant::now();
     loop {
         match Checkpoint::attach(path, save_id) {
-            Err(_) if start.elapsed() < VISIBLE_WITHIN => std::thread::sleep(Duration::from_millis(500)),
+            // Rank 0 has opened it, so what is missing or not whole here is an older view.
+            Err(error) if (error.is_missing() || error.is_damage()) && start.elapsed() < VISIBLE_WITHIN => {
+                std::thread::sleep(Duration::from_millis(500))
+            }
             opened => return Ok(opened?),
         }
     }
@@ -240,6 +253,26 @@ fn check_same_job(config: &JobConfig, inputs: &Inputs, manifest: &Manifest, dir:
     Ok(())
 }
 
+/// A model that computes something else has the same weights for nothing.
+fn check_same_model(inputs: &Inputs, saved: Option<&str>, dir: &Path) -> Result<(), TrainError> {
+    let Some(saved) = saved else { return Ok(()) };
+    let saved = Architecture::parse(&dir.join("manifest.json"), saved)?;
+    let now = Architecture::parse(Path::new("config.json"), &inputs.model_config)?;
+    if saved == now {
+        return Ok(());
+    }
+    let fields = |arch: &Architecture| -> Vec<String> { format!("{arch:#?}").lines().map(str::to_owned).collect() };
+    let (saved, now) = (fields(&saved), fields(&now));
+    let different = saved.iter().zip(&now).filter(|(saved, now)| saved != now);
+    let both = |(saved, now): (&String, &String)| format!("{} then, {} now", saved.trim(), now.trim());
+    let all: Vec<String> = different.map(both).take(5).collect();
+    Err(TrainError::BadInput(format!(
+        "cannot resume from {}: the model's config.json changed since: {}; bring it back, or start in another output folder",
+        dir.display(),
+        all.join("; ")
+    )))
+}
+
 /// Small values between ranks before there is a process group.
 struct Exchange<'a> {
     store: &'a mut Store,
@@ -261,10 +294,4 @@ impl Exchange<'_> {
             source,
         })
     }
-}
-
-/// Digest of the tokenizer's file; of nothing if the model has none.
-fn tokenizer_digest(model_dir: &Path) -> String {
-    let bytes = std::fs::read(model_dir.join("tokenizer.json")).unwrap_or_default();
-    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&bytes))
 }

@@ -1,7 +1,6 @@
 //! What can end a rank, as exit status and error record.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use fsdp::{EngineError, NonFinite};
 use fsdp_checkpoint::CheckpointError;
@@ -13,8 +12,7 @@ use fsdp_control::{ControlError, ExitStatus};
 use fsdp_data::DataError;
 use fsdp_plan::PlanError;
 
-/// The step that this process is at, from 1; 0 before the first. For records, also of panics on any thread.
-pub static STEP: AtomicU64 = AtomicU64::new(0);
+use crate::whereabouts;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -62,6 +60,7 @@ impl TrainError {
         match self.kind() {
             ErrorKind::BadInput => ExitStatus::BadInput,
             ErrorKind::NonFinite => ExitStatus::DoNotRerun,
+            _ if matches!(self, TrainError::Control(ControlError::NoProgress { .. })) => ExitStatus::DoNotRerun,
             _ => ExitStatus::Failed,
         }
     }
@@ -69,7 +68,7 @@ impl TrainError {
     fn kind(&self) -> ErrorKind {
         match self {
             // Before the first step, a file that cannot be read is a wrong path; later, it is not the data's fault.
-            TrainError::Data(DataError::Io { .. }) if STEP.load(Ordering::Relaxed) > 0 => ErrorKind::Io,
+            TrainError::Data(DataError::Io { .. }) if whereabouts::step() > 0 => ErrorKind::Io,
             // It ends with the launcher, or with rank 0.
             TrainError::Control(ControlError::StoreLost { .. }) => ErrorKind::PeerLost,
             // Another rank did not say in time what this one waits for.
@@ -108,7 +107,8 @@ impl TrainError {
     /// What the launcher reads.
     pub fn record(&self, env: &WorkerEnv) -> ErrorRecord {
         let mut record = ErrorRecord::new(env.rank, env.local_rank, self.kind(), self.to_string(), self.exit_status());
-        record.step = STEP.load(Ordering::Relaxed);
+        record.step = whereabouts::step();
+        record.phase = Some(whereabouts::phase());
         record.unit = self.unit();
         let mut source = std::error::Error::source(self);
         while let Some(cause) = source {

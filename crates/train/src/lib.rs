@@ -20,6 +20,7 @@
 //! - `traces`: timelines of steps, in the Chrome trace format.
 //! - `console`: what a person sees: the live line, log lines.
 //! - `error`: what can go wrong, as exit status and error record.
+//! - `whereabouts`: what this rank is busy with, for error records and the launcher.
 //! - `faults`: with the feature of that name, faults that tests ask for.
 #![forbid(unsafe_code)]
 
@@ -41,13 +42,13 @@ mod trainer;
 mod validation;
 mod verdict;
 mod weights;
+mod whereabouts;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 use fsdp_config::JobConfig;
 use fsdp_control::env::WorkerEnv;
@@ -57,7 +58,7 @@ use fsdp_control::stop::StopFlag;
 use fsdp_control::{ExitStatus, host_name, lifeline};
 
 use crate::bootstrap::Run;
-use crate::error::{STEP, TrainError};
+use crate::error::TrainError;
 use crate::trainer::{Outcome, Trainer};
 use crate::verdict::say;
 
@@ -201,7 +202,8 @@ fn record_panics(log_dir: &Path, env: &WorkerEnv) {
         let message = format!("panic{place}: {text}");
         tracing::error!("{message}");
         let mut record = ErrorRecord::new(env.rank, env.local_rank, ErrorKind::Panic, message, ExitStatus::Failed);
-        record.step = STEP.load(Ordering::Relaxed);
+        record.step = whereabouts::step();
+        record.phase = Some(whereabouts::phase());
         let _ = error_file::write(&log_dir, &record);
         default(info);
     }));

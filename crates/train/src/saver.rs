@@ -89,6 +89,11 @@ impl Saver {
         })
     }
 
+    /// The text of the model's `config.json`.
+    pub fn model_config(&self) -> &str {
+        &self.writer.inputs.model_config
+    }
+
     /// Saves the state after `state.step`, unless it is saved already. Waits for the save before it, and then only for a
     /// copy of the state, or, where saving is not asynchronous, until the checkpoint is committed. All ranks call it.
     pub fn save(&mut self, engine: &mut Engine, state: TrainerState) -> Result<(), TrainError> {
@@ -179,8 +184,13 @@ impl Writer {
     fn write_as(&self, snapshot: &Snapshot, state: &TrainerState, save_id: &str) -> Result<(), TrainError> {
         let step = state.step;
         let mut store = Store::connect((&self.master.0, self.master.1), self.timeout)?;
+        // No rank takes any space before rank 0 has found enough for all.
+        let has_space = format!("space/{save_id}");
         if self.rank == 0 {
             sharded::check_space(&self.root, self.total_bytes)?;
+            store.set(&has_space, &[])?;
+        } else {
+            store.get(&has_space, self.timeout)?;
         }
         let pieces = snapshot.pieces();
         let chunks: Vec<Chunk<'_>> = STATES

@@ -17,7 +17,7 @@ const NUM_LEFT_OUT: usize = 3;
 const SLOW: f64 = 1.5;
 
 /// No rank is slow by less: on steps of a few milliseconds the scheduler of the system decides.
-const MIN_EXCESS: Duration = Duration::from_millis(1);
+const MIN_EXCESS: Duration = Duration::from_millis(2);
 
 /// A rank that stays slow is named again after so many steps.
 const REPEAT_STEPS: u64 = 200;
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn pauses_and_small_differences_are_no_straggler() {
         assert_eq!(first_named(|_| vec![pace(10, 1), pace(14, 1)]), None);
-        assert_eq!(first_named(|_| vec![pace(1, 0), pace(1, 0), pace(2, 0)].split_off(1)), None);
+        assert_eq!(first_named(|_| vec![pace(1, 0), pace(2, 0)]), None);
         // One pause in five steps.
         assert_eq!(first_named(|step| vec![pace(10, 0), pace(if step % 5 == 0 { 200 } else { 10 }, 0)]), None);
         assert_eq!(first_named(|_| vec![pace(10, 0)]), None);

@@ -1,7 +1,6 @@
 //! The job on one rank: from config to exported model.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fsdp::{
@@ -10,7 +9,7 @@ use fsdp::{
 use fsdp_comm::ProcessGroup;
 use fsdp_config::{self as config, Backend, JobConfig, OnNonfinite};
 use fsdp_control::env::WorkerEnv;
-use fsdp_control::progress::ProgressHandle;
+use fsdp_control::progress::{Phase, ProgressHandle};
 use fsdp_control::stop::StopFlag;
 use fsdp_control::store::Store;
 use fsdp_data::{DataSpec, Dataset, Loader, Position};
@@ -22,7 +21,7 @@ use crate::bootstrap::resolve_backend;
 use crate::checkpoints::{self, Inputs, TrainerState};
 use crate::console::Console;
 use crate::device;
-use crate::error::{STEP, TrainError};
+use crate::error::TrainError;
 use crate::metrics::{StepLines, ValidationLine};
 use crate::mfu;
 use crate::nodes;
@@ -32,6 +31,7 @@ use crate::stragglers::Stragglers;
 use crate::traces::Tracer;
 use crate::validation::Validator;
 use crate::weights::{self, Exported};
+use crate::whereabouts::Whereabouts;
 
 /// How a run ended without a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +56,7 @@ pub struct Trainer {
     answers: Option<StepLines>,
     tracer: Tracer,
     stop: StopFlag,
-    progress: Option<ProgressHandle>,
+    whereabouts: Whereabouts,
     total_steps: u64,
     /// Steps started.
     step: u64,
@@ -119,7 +119,7 @@ impl Trainer {
         let arch = Architecture::from_config_json(Path::new(&config.model.path))?;
         let vocab_size = arch.vocab_size;
         let dataset = Dataset::open(&DataSpec::for_training(&config, vocab_size))?;
-        let inputs = Inputs::of(&config, dataset.digest());
+        let inputs = Inputs::of(&config, dataset.digest())?;
         let resumed = checkpoints::choose(&config, &inputs, (rank, world_size), &mut store)?;
         // Another number of ranks takes as many sequences a step; the config that is saved stays as it is.
         let mut of_these_ranks = config.clone();
@@ -137,6 +137,7 @@ impl Trainer {
         };
 
         let watched = progress.clone();
+        let whereabouts = Whereabouts { launcher: progress };
         let world = match config.fsdp.backend {
             Backend::Nccl => {
                 ProcessGroup::connect_nccl(&mut store, rank, world_size, compute.device, timeout, watched)?
@@ -154,6 +155,7 @@ impl Trainer {
         let mut engine = Engine::new(plan, engine_config(&config), groups)?;
 
         console.phase("loading weights");
+        whereabouts.enter(Phase::Load);
         let step = match &resumed {
             Some(resumed) => {
                 resumed.load(&mut engine)?;
@@ -186,7 +188,7 @@ impl Trainer {
             stragglers: Stragglers::default(),
             answers: None,
             stop,
-            progress,
+            whereabouts,
             total_steps,
             step,
             started: None,
@@ -263,6 +265,7 @@ impl Trainer {
             self.saver.poll()?;
         }
         self.log.console.phase("exporting the model");
+        self.whereabouts.enter(Phase::Export);
         weights::export(&mut self.engine, &self.config, self.step)?;
         self.saver.finish(&mut self.engine)?;
         tracing::info!("exported {}", self.config.output.dir.join("hf").display());
@@ -282,10 +285,7 @@ impl Trainer {
     /// One optimizer step: microbatches, program. The verdict of the step before is read once this one is on its way.
     fn start_step(&mut self) -> Result<(), TrainError> {
         let step = self.step + 1;
-        STEP.store(step, Ordering::Relaxed);
-        if let Some(progress) = &self.progress {
-            progress.set_step(step);
-        }
+        self.whereabouts.enter_step(step, Phase::Data);
         let position = self.loader.position();
         let data_start = Instant::now();
         let device = self.engine.device();
@@ -295,6 +295,7 @@ impl Trainer {
             .map(|b| MicroBatch::new(&b.input_ids, &b.targets, b.num_valid_tokens, device))
             .collect::<Result<Vec<_>, _>>()?;
         let data_time = data_start.elapsed();
+        self.whereabouts.enter(Phase::ForwardBackward);
         let lr = self.config.lr_at(step, self.total_steps);
         if self.tracer.traces(step) {
             self.finish_step()?;
@@ -307,7 +308,7 @@ impl Trainer {
         let host_time = data_time + start.elapsed();
         self.step = step;
         self.finish_step()?;
-        STEP.store(step, Ordering::Relaxed);
+        self.whereabouts.judge_step(step);
         let facts = StepFacts { step, lr, position, data_time };
         self.started = Some(Started { work, facts, host_time });
         if self.tracer.traces(step) {
@@ -320,7 +321,7 @@ impl Trainer {
     /// Reads the verdict of the step under way, if there is one, and logs it.
     fn finish_step(&mut self) -> Result<(), TrainError> {
         let Some(Started { work, facts, host_time }) = self.started.take() else { return Ok(()) };
-        STEP.store(facts.step, Ordering::Relaxed);
+        self.whereabouts.judge_step(facts.step);
         let report = self.engine.finish_step(work).map_err(|error| match error {
             EngineError::NonFinite(place) => self.not_finite(place, facts.position),
             error => error.into(),
@@ -370,6 +371,7 @@ impl Trainer {
 
     /// Validation loss and answers; `false` if a rank was asked to stop meanwhile, and the rest was left out.
     fn validate(&mut self) -> Result<bool, TrainError> {
+        self.whereabouts.enter(Phase::Validation);
         let Some(loss) = self.validator.loss(&mut self.engine, &self.stop)? else { return Ok(false) };
         if let Some((val_loss, val_tokens)) = loss {
             tracing::info!("validate step: {}  loss: {val_loss:7.4}  tokens: {val_tokens}", self.step);
@@ -389,6 +391,7 @@ impl Trainer {
 
     /// What a checkpoint holds besides the engine's state.
     fn state(&self) -> Result<TrainerState, TrainError> {
+        self.whereabouts.enter(Phase::Checkpoint);
         let (optimizer_steps, scaler) = self.engine.progress()?;
         Ok(TrainerState {
             step: self.step,
@@ -396,6 +399,7 @@ impl Trainer {
             optimizer_steps,
             scaler: scaler.map(|s| (s.scale, s.good_steps)),
             global_batch_size: Some(self.loader.global_batch()),
+            model_config: Some(self.saver.model_config().to_owned()),
         })
     }
 }

@@ -6,7 +6,6 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,7 @@ use fsdp_control::lifeline::{self, Loss, StoreLifeline};
 use fsdp_control::store::{Store, StoreServer};
 use fsdp_control::{ControlError, ExitStatus, failures};
 
-use crate::error::STEP;
+use crate::whereabouts;
 
 /// How long a rank has to end by itself once another one has failed.
 pub const GRACE: Duration = Duration::from_secs(5);
@@ -167,7 +166,8 @@ pub fn describe(record: &ErrorRecord) -> String {
 /// The record of a rank that ends because of others.
 pub fn peer_lost(rank: usize, local_rank: usize, message: String) -> ErrorRecord {
     let mut record = ErrorRecord::new(rank, local_rank, ErrorKind::PeerLost, message, ExitStatus::Failed);
-    record.step = STEP.load(Ordering::Relaxed);
+    record.step = whereabouts::step();
+    record.phase = Some(whereabouts::phase());
     record
 }
 

@@ -321,7 +321,7 @@ impl Drop for Running<'_> {
 pub fn built(binary: &str) -> PathBuf {
     let program = std::env::current_exe().expect("the program's own path");
     let mut folder = program.parent().expect("a target folder");
-    if folder.ends_with("deps") {
+    if folder.ends_with("deps") || folder.ends_with("examples") {
         folder = folder.parent().expect("a target folder");
     }
     let profile = if folder.ends_with("release") { " --release" } else { "" };

@@ -5,9 +5,11 @@
 //! - [`model`]: tiny model folders.
 //! - [`job`]: a folder with all that a job needs, one run of it, and what it left behind.
 //! - [`processes`]: the ranks of a run, and who is left of them.
+//! - [`slurm`]: a real SLURM of two nodes, and jobs on it.
 
 #![forbid(unsafe_code)]
 
 pub mod job;
 pub mod model;
 pub mod processes;
+pub mod slurm;

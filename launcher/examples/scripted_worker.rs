@@ -1,6 +1,7 @@
 //! A worker for the tests of the launcher: the control plane of a real one, without tensors. It runs the config's steps,
 //! meets the other ranks in each of them, saves when it should, and stops when it is asked to; `WORKER_SCRIPT` says what
-//! else happens, as `RANK STEP ACTION` separated by semicolons (rank `*` is every one; step 0 is before the rendezvous).
+//! else happens, as `RANK STEP ACTION` separated by semicolons (rank `*` is every one; step 0 is before the rendezvous;
+//! `once:ACTION` is done in the first start that comes there only).
 
 #![forbid(unsafe_code)]
 
@@ -9,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::time::{Duration, Instant};
 
-use fsdp_config::{Duration as Length, JobConfig};
+use fsdp_config::{Duration as Length, JobConfig, Resume};
 use fsdp_control::env::WorkerEnv;
 use fsdp_control::error_file::{self, ErrorKind, ErrorRecord};
 use fsdp_control::lifeline::StoreLifeline;
-use fsdp_control::progress::{Op, Progress, ProgressHandle};
+use fsdp_control::progress::{Op, Phase, Progress, ProgressHandle};
 use fsdp_control::stop::StopFlag;
 use fsdp_control::store::Store;
 use fsdp_control::{ExitStatus, lifeline};
@@ -72,7 +73,10 @@ fn main() {
 fn note_start(dir: &Path, env: &WorkerEnv) {
     let threads = std::env::var("OMP_NUM_THREADS").unwrap();
     let group = rustix::process::getpgrp();
-    let text = format!("pid={} group={group} threads={threads} {env:?}", std::process::id());
+    let count = std::env::var("TORCHELASTIC_RESTART_COUNT").unwrap();
+    let most = std::env::var("TORCHELASTIC_MAX_RESTARTS").unwrap();
+    let pid = std::process::id();
+    let text = format!("pid={pid} group={group} threads={threads} restarts={count}/{most} {env:?}");
     std::fs::write(dir.join(format!("started-{}", env.rank)), text).unwrap();
 }
 
@@ -88,14 +92,17 @@ impl Worker {
     fn train(&mut self) -> ExitStatus {
         let Length::Steps(num_steps) = self.config.training.duration else { panic!("the tests use steps") };
         let every = self.config.checkpoint.every_steps;
+        self.step = self.resume();
         while self.step < num_steps {
             self.step += 1;
             if let Some(progress) = &self.progress {
                 progress.set_step(self.step);
+                progress.set_phase(Phase::ForwardBackward);
             }
             self.act_as_scripted();
             std::thread::sleep(Duration::from_millis(5));
             let stops = self.meet("step", i64::from(self.stop.is_set()));
+            self.log_step();
             if stops > 0 || (every > 0 && self.step.is_multiple_of(every)) {
                 self.save();
             }
@@ -104,6 +111,27 @@ impl Worker {
             }
         }
         ExitStatus::Done
+    }
+
+    /// The step to go on from.
+    fn resume(&self) -> u64 {
+        let step_of = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+        match &self.config.checkpoint.resume {
+            Resume::Never => 0,
+            Resume::Path(path) => step_of(path).unwrap(),
+            Resume::Auto => {
+                let folders = std::fs::read_dir(self.config.output.dir.join("checkpoints")).into_iter().flatten();
+                folders.filter_map(|entry| step_of(&entry.unwrap().path())).max().unwrap_or(0)
+            }
+        }
+    }
+
+    fn log_step(&self) {
+        if self.env.rank == 0 {
+            let path = self.config.output.dir.join("metrics.jsonl");
+            let mut log = std::fs::File::options().create(true).append(true).open(path).unwrap();
+            writeln!(log, "{{\"step\": {}}}", self.step).unwrap();
+        }
     }
 
     /// Does what the script has for this rank and step.
@@ -118,8 +146,13 @@ impl Worker {
     }
 
     fn act(&self, action: &str) {
-        let name = format!("acted-{}-{}", self.env.rank, self.step);
-        std::fs::write(self.config.output.dir.join(name), action).unwrap();
+        let acted = self.config.output.dir.join(format!("acted-{}-{}", self.env.rank, self.step));
+        let action = match action.strip_prefix("once:") {
+            Some(_) if acted.exists() => return,
+            Some(action) => action,
+            None => action,
+        };
+        std::fs::write(acted, action).unwrap();
         let (name, value) = action.split_once('=').unwrap_or((action, ""));
         let number = || value.parse::<i32>().unwrap();
         match name {
@@ -133,6 +166,10 @@ impl Worker {
             "hang" => loop {
                 std::thread::sleep(Duration::from_secs(1));
             },
+            "spin" => loop {
+                std::hint::spin_loop();
+            },
+            "mib" => drop(std::hint::black_box(vec![1u8; number() as usize * (1 << 20)])),
             "print" => eprintln!("rank {} says {value}", self.env.rank),
             "stdout" => println!("rank {} says {value}", self.env.rank),
             "spew" => {
@@ -150,7 +187,7 @@ impl Worker {
     fn meet(&mut self, what: &str, value: i64) -> i64 {
         let (sum, arrived) = (format!("{what}-{}-sum", self.step), format!("{what}-{}-arrived", self.step));
         if let Some(progress) = &self.progress {
-            progress.enter(Op::AllReduce, self.step, "layers.0");
+            progress.enter(Op::AllReduce, self.step, "layers.0", 1 << 20);
         }
         self.add(&sum, value);
         self.add(&arrived, 1);

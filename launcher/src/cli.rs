@@ -23,6 +23,10 @@ pub enum Command {
     Plan(PlanArgs),
     /// Check config, model files and data without training
     Check(JobArgs),
+    /// Write a checkpoint's weights as a Hugging Face model folder
+    Export(ExportArgs),
+    /// Print what a checkpoint holds, and compare every byte of it with its digests
+    Inspect(InspectArgs),
 }
 
 /// A job: what all commands have in common.
@@ -60,6 +64,9 @@ pub struct RunArgs {
     /// Port at that address [default: a free one for one machine, 29500 for several, under srun 20000 to 29999 by job]
     #[arg(long, value_name = "P")]
     pub master_port: Option<u16>,
+    /// After a failure start all ranks again from the newest checkpoint, at most so many times; node 0's counts
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub max_restarts: u32,
 }
 
 #[derive(Debug, Args)]
@@ -78,6 +85,39 @@ pub struct PlanArgs {
     /// Print the units and the list of steps that one training step runs
     #[arg(long, conflicts_with = "json")]
     pub steps: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// A checkpoint's folder; or an output folder or its checkpoints/, which stand for the newest checkpoint that is whole
+    pub checkpoint: PathBuf,
+    /// Folder to write; it does not exist yet or is empty
+    pub dir: PathBuf,
+    /// Type of the written weights, "auto" for that of the source's [default: as the run's output.dtype]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
+    /// Folder with the model's config.json and tokenizer files [default: the run's model.path]
+    #[arg(long, value_name = "FOLDER")]
+    pub model: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint's folder; or an output folder or its checkpoints/, of which all checkpoints are listed
+    pub checkpoint: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Do not read the tensors: only the manifest's digest and the sizes of the files are checked
+    #[arg(long)]
+    pub no_verify: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    Auto,
+    Fp32,
+    Bf16,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -162,7 +202,7 @@ mod tests {
     fn dashes_and_underscores_both_work() {
         for line in [
             "fsdp-launch --nproc-per-node 3 --master-port 4 --node-rank=0 --set training.max_grad_norm=1 a_b.toml",
-            "fsdp-launch --nproc_per_node 3 --master_port 4 --node_rank=0 --set training.max_grad_norm=1 a_b.toml",
+            "fsdp-launch --nproc_per_node 3 --master_port 4 --max_restarts=2 --set training.max_grad_norm=1 a_b.toml",
             "fsdp-launch --nproc_per_node=3 --master_port=4 --set=training.max_grad_norm=1 a_b.toml",
             "fsdp-launch --nproc 3 --master-port 4 --set training.max_grad_norm=1 -- a_b.toml",
         ] {
@@ -192,6 +232,7 @@ mod tests {
             "fsdp-launch --master-port 70000 a.toml",
             "fsdp-launch --backend gloo a.toml",
             "fsdp-launch --unknown a.toml",
+            "fsdp-launch --max-restarts -1 a.toml",
             "fsdp-launch --nproc 2",
             "fsdp-launch a.toml b.toml",
             "fsdp-launch plan",

@@ -5,22 +5,21 @@ use fsdp_control::{ExitStatus, host_name};
 use signal_hook::consts::{SIGKILL, SIGTERM, SIGUSR1};
 
 use crate::failure::Failure;
-use crate::history::{AbsentRank, RankFailure};
+use crate::history::{At, RankFailure, RankPlace};
 use crate::link::{Farewell, Message};
 use crate::mpirun::{self, MpirunRanks};
 use crate::processes;
 use crate::rank::{End, RankProcess};
-use crate::supervise::{GRACE, Phase, Supervisor};
+use crate::supervise::{Ending, Phase, Supervisor};
 
 impl Supervisor<'_> {
     /// Takes and judges the end of a process.
     pub fn take_end(&mut self, index: usize) -> Result<(), Failure> {
         let process = &mut self.ranks[index];
-        let end = process
-            .reap(&mut self.stdout, &mut self.stderr)
-            .map_err(|e| Failure::failed(format!("cannot wait for {process}: {e}")))?;
+        let (end, peak_rss_bytes) =
+            process.reap(self.outlets).map_err(|e| Failure::failed(format!("cannot wait for {process}: {e}")))?;
         match process.mpirun {
-            None => self.take_rank_end(index, end),
+            None => self.take_rank_end(index, end, peak_rss_bytes),
             Some(ranks) => self.take_mpirun_end(index, ranks, end),
         }
         Ok(())
@@ -35,11 +34,11 @@ impl Supervisor<'_> {
         }
     }
 
-    fn take_rank_end(&mut self, index: usize, end: End) {
+    fn take_rank_end(&mut self, index: usize, end: End, peak_rss_bytes: u64) {
         let (rank, pid) = (self.ranks[index].first_rank, self.ranks[index].pid.as_raw_pid());
         // A record of an earlier run under the same rank is not this process's.
         let is_own = |record: &ErrorRecord| record.pid == pid.cast_unsigned() && record.host == host_name();
-        let record = error_file::read(self.log_dir, rank).ok().flatten().filter(is_own);
+        let record = error_file::read(self.records.log_dir, rank).ok().flatten().filter(is_own);
         match end {
             End::Exited(0) => return,
             End::Exited(code) if code == ExitStatus::Stopped.code() && record.is_none() => {
@@ -52,22 +51,25 @@ impl Supervisor<'_> {
             }
             End::Exited(_) | End::Killed(_) => {}
         }
-        let at = self.progress.snapshot(index);
-        let is_timeout = record.as_ref().is_some_and(|record| record.kind == ErrorKind::CollectiveTimeout);
-        let failure = RankFailure {
+        let at = At::from(self.progress.snapshot(index));
+        let mut failure = RankFailure {
             rank,
+            local_rank: index,
             host: host_name(),
             pid: Some(pid),
             end,
             step: Some(record.as_ref().map_or(at.step, |record| record.step)),
-            seq: at.seq,
-            absent: if is_timeout { self.absent_from(at.seq) } else { Vec::new() },
+            at: Some(at),
             record,
             last_lines: self.ranks[index].last_lines(),
+            peak_rss_bytes: Some(peak_rss_bytes),
+            oom: if end == End::Killed(SIGKILL) { self.oom_watch.take_kill() } else { None },
+            others: Vec::new(),
         };
-        if failure.record.is_none() && matches!(end, End::Killed(_)) {
-            self.write_record(&failure, pid, index);
+        if failure.involves_others() && self.is_first_to_tell_of_others() {
+            failure.others = self.places_but(rank);
         }
+        self.records.write(&failure);
         self.take_failure(failure);
     }
 
@@ -82,7 +84,7 @@ impl Supervisor<'_> {
             return;
         }
         let said = self.ranks[index].last_lines();
-        let failures = mpirun::failures(ranks, self.log_dir, &said, end);
+        let failures = mpirun::failures(ranks, self.records.log_dir, &said, end);
         // The first rank that stops makes mpirun kill those that are not quite as far, and one that was still starting,
         // or an mpirun, had no handler for the wish to stop yet.
         let of_usr1 = [End::Exited(128 + SIGUSR1), End::Exited(SIGUSR1), End::Killed(SIGUSR1)];
@@ -96,70 +98,65 @@ impl Supervisor<'_> {
             let mut lines = vec![format!("mpirun {end}; its last lines, also in logs/{}:", mpirun::OUTPUT)];
             lines.extend(said.iter().map(|line| format!("  | {line}")));
             self.history.add_fault(Farewell::new(ExitStatus::Failed, lines));
-            self.end_all(GRACE);
+            self.end_all(Ending::Failure);
         }
-        failures.into_iter().for_each(|failure| self.take_failure(failure));
+        for failure in failures {
+            self.records.write(&failure);
+            self.take_failure(failure);
+        }
     }
 
     /// Notes a failure of a rank, here or on another node, and does what it calls for.
-    pub fn take_failure(&mut self, mut failure: RankFailure) {
+    pub fn take_failure(&mut self, failure: RankFailure) {
         if !self.nodes.is_head {
-            self.nodes.tell_all(&Message::RankFailed(failure.clone()));
-        } else if failure.record.as_ref().is_some_and(|record| record.kind == ErrorKind::CollectiveTimeout) {
-            self.find_absent(&mut failure);
+            self.nodes.tell_all(&Message::RankFailed(Box::new(failure.clone())));
         }
-        let is_primary = failure.is_primary();
+        let (rank, is_primary) = (failure.rank, failure.is_primary());
+        let asks = self.nodes.is_head && failure.at.is_some() && failure.involves_others();
+        let asks = asks && (!failure.others.is_empty() || self.is_first_to_tell_of_others());
         self.history.failures.push(failure);
+        if asks {
+            self.find_others(rank);
+        }
         match is_primary {
-            true => self.end_all(GRACE),
+            true => self.end_all(Ending::Failure),
             false => self.suspect(),
         }
     }
 
-    /// Finds out which ranks on nodes other than the failed rank's had not come: looks here, asks there.
-    fn find_absent(&mut self, failure: &mut RankFailure) {
-        let question = Message::WhoIsAbsent { waiting: failure.rank, seq: failure.seq };
+    /// No failure so far has told where the other ranks are: one is enough, and there may be many.
+    fn is_first_to_tell_of_others(&self) -> bool {
+        !self.history.failures.iter().any(RankFailure::involves_others)
+    }
+
+    /// Finds out where the ranks on nodes other than the failed rank's are: looks here, asks there.
+    fn find_others(&mut self, failed: usize) {
         let mut is_here = true;
         for peer in &mut self.nodes.peers {
-            match peer.ranks.as_ref().is_some_and(|ranks| ranks.contains(&failure.rank)) {
+            match peer.ranks.as_ref().is_some_and(|ranks| ranks.contains(&failed)) {
                 true => is_here = false,
-                false => peer.link.send(&question),
+                false => peer.link.send(&Message::WhereAre { failed }),
             }
         }
         if !is_here {
-            failure.absent.extend(self.absent_from(failure.seq));
+            let places = self.places_but(failed);
+            if let Some(failure) = self.history.failures.iter_mut().find(|failure| failure.rank == failed) {
+                failure.others.extend(places);
+            }
         }
     }
 
-    /// Ranks of this node that live and had not come to collective `seq`, in which another one gave up; or are suspended.
-    pub fn absent_from(&self, seq: u64) -> Vec<AbsentRank> {
+    /// Where this node's ranks are, without rank `failed`. The counters of those that have ended still stand.
+    pub fn places_but(&self, failed: usize) -> Vec<RankPlace> {
         let of = |(index, rank): (usize, &RankProcess)| {
-            if rank.has_ended() || rank.mpirun.is_some() {
-                return None;
-            }
-            let (at, state) = (self.progress.snapshot(index), processes::state(rank.pid));
-            (at.seq < seq || state == Some('T')).then(|| AbsentRank {
+            (rank.mpirun.is_none() && rank.first_rank != failed).then(|| RankPlace {
                 rank: rank.first_rank,
                 host: host_name(),
                 pid: rank.pid.as_raw_pid(),
-                step: at.step,
-                seq: at.seq,
-                op: at.op.to_string(),
-                unit: at.unit,
-                waits: at.inside,
-                state,
+                at: At::from(self.progress.snapshot(index)),
+                state: if rank.has_ended() { None } else { processes::state(rank.pid) },
             })
         };
         self.ranks.iter().enumerate().filter_map(of).collect()
-    }
-
-    /// The record that a rank ended by a signal could not write.
-    fn write_record(&self, failure: &RankFailure, pid: i32, local_rank: usize) {
-        let message = failure.end.to_string();
-        let mut record = ErrorRecord::new(failure.rank, local_rank, ErrorKind::Signal, message, ExitStatus::Failed);
-        record.pid = pid.cast_unsigned();
-        record.step = failure.step.unwrap_or(0);
-        // The report says the same; a full disk must not hide it.
-        let _ = error_file::write(self.log_dir, &record);
     }
 }

@@ -30,6 +30,11 @@ impl Failure {
         Self::new(ExitStatus::Failed, message)
     }
 
+    /// Running again would fail again.
+    pub fn do_not_rerun(message: impl Display) -> Self {
+        Self::new(ExitStatus::DoNotRerun, message)
+    }
+
     fn new(status: ExitStatus, message: impl Display) -> Self {
         Self { status, message: message.to_string(), is_said: false }
     }

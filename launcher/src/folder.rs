@@ -1,8 +1,11 @@
-//! The output folder before the run.
+//! The output folder.
 
 use std::path::Path;
 
+use fsdp_checkpoint::{CheckpointError, sharded};
 use fsdp_config::JobConfig;
+use fsdp_control::error_file::Committed;
+use fsdp_control::restarts::{Reached, finished_step};
 
 use crate::failure::Failure;
 
@@ -21,4 +24,16 @@ pub fn write_resolved(config: &JobConfig, path: &Path) -> Result<(), Failure> {
     std::fs::write(&temporary, config.to_toml())
         .and_then(|()| std::fs::rename(&temporary, path))
         .map_err(|error| Failure::bad_input(format!("{}: cannot write the resolved config: {error}", path.display())))
+}
+
+/// The newest committed checkpoint.
+pub fn newest_checkpoint(dir: &Path) -> Result<Option<Committed>, CheckpointError> {
+    let newest = sharded::list(&dir.join("checkpoints"))?.pop();
+    Ok(newest.map(|(step, path)| Committed { step, path }))
+}
+
+/// How far the run has come. What cannot be read has not been reached.
+pub fn reached(dir: &Path) -> Reached {
+    let checkpoint_step = newest_checkpoint(dir).ok().flatten().map_or(0, |committed| committed.step);
+    Reached { checkpoint_step, finished_step: finished_step(&dir.join("metrics.jsonl")) }
 }

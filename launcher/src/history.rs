@@ -1,21 +1,28 @@
-//! What happened in a run, in the order in which the launcher of node 0 heard of it; [`crate::verdict`] makes sense of
-//! it.
+//! What happened in one start of the ranks, in the order in which the launcher of node 0 heard of it; [`crate::verdict`]
+//! makes sense of it.
 
-use fsdp_control::error_file::ErrorRecord;
+use fsdp_control::error_file::{Collective, ErrorKind, ErrorRecord};
+use fsdp_control::progress::{Phase, Snapshot};
+use fsdp_plan::plan::format_bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::link::Farewell;
+use crate::oom::OomKill;
 use crate::rank::End;
 
 #[derive(Debug, Default)]
 pub struct History {
     pub failures: Vec<RankFailure>,
-    /// What ended the run if it was no rank's failure: a node is lost, a launcher gave up.
+    /// What ended the ranks if it was no rank's failure: a node is lost, a launcher gave up, an mpirun failed.
     pub fault: Option<Farewell>,
+    /// A launcher, or its machine, is gone.
+    pub lost_node: bool,
     /// Ranks that ended because they were asked to.
     pub num_stopped: usize,
-    /// A launcher got a signal.
+    /// A launcher got a signal before anything had failed.
     pub stop_requested: bool,
+    /// A launcher got a signal, at whatever time: nothing is started again.
+    pub was_signalled: bool,
     /// Ranks were killed because they did not stop in time, or because a person insisted.
     pub forced: bool,
     /// Ranks that even SIGKILL did not end.
@@ -29,25 +36,37 @@ impl History {
             self.fault = Some(fault);
         }
     }
+
+    /// Ranks have waited in vain for one that lives, and nothing else is wrong: none of them can go on.
+    pub fn is_hang(&self) -> bool {
+        !self.failures.iter().any(RankFailure::is_primary)
+            && self.failures.iter().any(|failure| failure.kind() == Some(ErrorKind::CollectiveTimeout))
+    }
 }
 
 /// A rank's failure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RankFailure {
     pub rank: usize,
+    /// The same among those of its launcher, as far as that is known.
+    pub local_rank: usize,
     pub host: String,
     /// Unknown where an MPI does not tell it.
     pub pid: Option<i32>,
     pub end: End,
     /// Training step, from 1; 0 before the first; `None` where nobody knows.
     pub step: Option<u64>,
-    /// Sequence number of the collective that it entered last.
-    pub seq: u64,
+    /// Where its progress counters were; `None` for a rank that an MPI started.
+    pub at: Option<At>,
     /// What the rank itself says.
     pub record: Option<ErrorRecord>,
     pub last_lines: Vec<String>,
-    /// For a timeout: who was not there.
-    pub absent: Vec<AbsentRank>,
+    /// The most memory that it had.
+    pub peak_rss_bytes: Option<u64>,
+    /// The system killed it for memory.
+    pub oom: Option<OomKill>,
+    /// For the first that waited in vain, or met a different collective: where the other ranks were.
+    pub others: Vec<RankPlace>,
 }
 
 impl RankFailure {
@@ -55,28 +74,103 @@ impl RankFailure {
     pub fn is_primary(&self) -> bool {
         self.record.as_ref().is_none_or(|record| record.primary)
     }
+
+    /// What the rank itself calls it.
+    pub fn kind(&self) -> Option<ErrorKind> {
+        self.record.as_ref().map(|record| record.kind)
+    }
+
+    /// Where the other ranks were says more about it.
+    pub fn involves_others(&self) -> bool {
+        matches!(self.kind(), Some(ErrorKind::CollectiveTimeout | ErrorKind::CollectiveMismatch))
+    }
+
+    /// Number of the collective that it entered last.
+    pub fn seq(&self) -> u64 {
+        self.at.as_ref().map_or(0, |at| at.seq)
+    }
+
+    /// Of the ranks for which this one waited in vain, the one to blame.
+    pub fn absent(&self) -> Option<&RankPlace> {
+        if self.kind() != Some(ErrorKind::CollectiveTimeout) {
+            return None;
+        }
+        self.others
+            .iter()
+            .filter(|place| place.is_absent_from(self.seq()))
+            .min_by_key(|place| place.order_of_suspicion())
+    }
+
+    /// Ranks that wait in the collective that this one entered last, in order; this one is one of them.
+    pub fn waiting(&self) -> Vec<usize> {
+        let others = self.others.iter().filter(|place| place.at.waits && place.at.seq == self.seq());
+        let mut ranks: Vec<usize> = others.map(|place| place.rank).chain([self.rank]).collect();
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    }
 }
 
-/// A rank that lives, but had not come to a collective for which another one waited in vain, or is suspended.
+/// Where a rank is, by its progress counters.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct AbsentRank {
-    pub rank: usize,
-    pub host: String,
-    pub pid: i32,
+pub struct At {
     pub step: u64,
-    /// Sequence number of the collective that it entered last; then that collective and the unit it was for.
+    pub phase: Phase,
+    /// The collective that it entered last: its number (0 = none yet), what it was, the unit that it was for, and the bytes
+    /// of the whole data.
     pub seq: u64,
     pub op: String,
     pub unit: String,
-    /// It waits in that collective for others itself.
+    pub num_bytes: u64,
+    /// It waits in that collective for others.
     pub waits: bool,
-    /// State letter of the process.
+}
+
+impl From<Snapshot> for At {
+    fn from(snapshot: Snapshot) -> Self {
+        let Snapshot { step, phase, seq, op, inside, unit, num_bytes } = snapshot;
+        Self { step, phase, seq, op: op.to_string(), unit, num_bytes, waits: inside }
+    }
+}
+
+impl At {
+    /// "all_gather number 412 for layers.3 (1.5 MiB)".
+    pub fn collective(&self) -> String {
+        let mut text = format!("{} number {}", self.op, self.seq);
+        if !self.unit.is_empty() {
+            text += &format!(" for {}", self.unit);
+        }
+        if self.num_bytes > 0 {
+            text += &format!(" ({})", format_bytes(self.num_bytes));
+        }
+        text
+    }
+
+    pub fn to_record(&self, entered: Vec<usize>, missing: Vec<usize>) -> Collective {
+        let (op, unit) = (self.op.clone(), self.unit.clone());
+        Collective { seq: self.seq, op, num_bytes: self.num_bytes, unit, entered, missing }
+    }
+}
+
+/// Where another rank was when one failed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RankPlace {
+    pub rank: usize,
+    pub host: String,
+    pub pid: i32,
+    pub at: At,
+    /// State letter of the process; `None` once it has ended.
     pub state: Option<char>,
 }
 
-impl AbsentRank {
+impl RankPlace {
+    /// It lives, but had not come to collective `seq`, or is suspended.
+    pub fn is_absent_from(&self, seq: u64) -> bool {
+        self.state.is_some() && (self.at.seq < seq || self.state == Some('T'))
+    }
+
     /// Least for the one to blame: who is suspended, then who does not wait for others itself, then who is furthest behind.
-    pub fn order_of_suspicion(&self) -> impl Ord {
-        (self.state != Some('T'), self.waits, self.seq)
+    fn order_of_suspicion(&self) -> impl Ord + use<> {
+        (self.state != Some('T'), self.at.waits, self.at.seq)
     }
 }

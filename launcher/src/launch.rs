@@ -1,40 +1,23 @@
-//! A run: from what was typed to the ranks, and what became of them.
+//! A run up to the start of its ranks: checks, and the launchers of all nodes.
 
-use std::io::IsTerminal;
 use std::net::{TcpListener, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fsdp_checkpoint::sharded;
-use fsdp_config::{Backend, Resume, Strategy};
-use fsdp_control::env::{StartedBy, WorkerEnv, prepared_vars};
-use fsdp_control::lifeline::{self, Lifeline};
-use fsdp_control::lock::Lock;
-use fsdp_control::progress::Progress;
-use fsdp_control::store::StoreServer;
-use fsdp_control::{ControlError, ExitStatus, error_file, host_name};
+use fsdp_config::{Backend, Strategy};
+use fsdp_control::{ExitStatus, host_name, ports};
 use rustix::event::{PollFd, PollFlags};
-use rustix::process::{Pid, Signal};
 
+use crate::attempts::{self, Ranks};
 use crate::cli::{JobArgs, RunArgs};
 use crate::failure::Failure;
-use crate::folder;
-use crate::link::{Farewell, Hello, Message};
+use crate::link::{Assignment, Farewell, Hello, Message};
 use crate::meeting;
-use crate::mpirun::{self, MpirunStart};
 use crate::nodes::{self, Nodes};
 use crate::place::Place;
 use crate::preflight::{Checked, load_config, preflight};
-use crate::rank::{RankProcess, RankStart};
 use crate::signals::{Arrived, Signals};
-use crate::supervise::Supervisor;
-use crate::{processes, verdict, worker};
-
-/// How long the kernel has to end what ranks left behind.
-const ORPHAN_PATIENCE: Duration = Duration::from_secs(2);
-
-/// How long the terminal has to take the report.
-const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
+use crate::worker;
 
 /// How long a node whose config cannot be read tries to tell the others: what the config has where it does not say.
 const REFUSAL_PATIENCE: Duration = Duration::from_secs(600);
@@ -45,20 +28,12 @@ pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
     // From here on a signal does not end the launcher: it ends the run.
     let mut signals = Signals::install().map_err(|e| Failure::failed(format!("cannot take over signals: {e}")))?;
     let checked = preflight_until_signal(&args.job, place.num_nodes, &mut signals);
-    let (mut nodes, ranks, checked) = meet(&place, &args.job, checked, &mut signals)?;
-    let result = run(&place, &ranks, &checked, &mut nodes, &mut signals);
+    let (mut nodes, ranks, checked) = meet(&place, args, checked, &mut signals)?;
+    let result = attempts::run(&place, &ranks, &checked, &mut nodes, &mut signals);
     if let Err(failure) = &result {
         nodes.give_up(&format!("node {} (host {})", place.node_rank, host_name()), failure);
     }
     result
-}
-
-/// The ranks of this node among all.
-#[derive(Debug)]
-struct LocalRanks {
-    first_rank: usize,
-    num_local: usize,
-    world_size: usize,
 }
 
 /// Checks the job on a thread of its own, because it may take long, and a signal is to end it at once.
@@ -99,11 +74,14 @@ fn preflight_until_signal(job: &JobArgs, num_nodes: usize, signals: &mut Signals
 /// The job is wrong here or elsewhere, nodes do not come or differ, or a signal. All launchers have been told.
 fn meet(
     place: &Place,
-    job: &JobArgs,
+    args: &RunArgs,
     mut checked: Result<Checked, Failure>,
     signals: &mut Signals,
-) -> Result<(Nodes, LocalRanks, Checked), Failure> {
-    let num_local = job.nproc;
+) -> Result<(Nodes, Ranks, Checked), Failure> {
+    let (job, num_local, max_restarts) = (&args.job, args.job.nproc, args.max_restarts);
+    // Of this launcher where it is the head, which all ranks then have.
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let run_id = format!("{}-{}", since_epoch.as_secs(), std::process::id());
     if place.num_nodes == 1 {
         let checked = checked?;
         let is_mpi = checked.config.fsdp.backend == Backend::Mpi;
@@ -117,7 +95,7 @@ fn meet(
         }
         let world_size = num_local * num_machines;
         checked.check_ranks(world_size, num_local)?;
-        return Ok((Nodes::alone(), LocalRanks { first_rank: 0, num_local, world_size }, checked));
+        return Ok((Nodes::alone(), Ranks { first_rank: 0, num_local, world_size, run_id, max_restarts }, checked));
     }
     let patience = match &mut checked {
         Ok(checked) => Duration::from_secs(checked.config.fsdp.timeout_secs),
@@ -138,6 +116,7 @@ fn meet(
         host: host_name(),
         machine: fsdp_control::machine_identity(),
         num_ranks: num_local,
+        worker: worker::find().and_then(|worker| worker::digest(&worker)).unwrap_or_default(),
         job: match &checked {
             Ok(checked) => Ok(checked.config.to_toml()),
             Err(failure) => Err(failure.into()),
@@ -147,8 +126,9 @@ fn meet(
         let joined = nodes::join(place, hello, patience, signals);
         // What is wrong here is more to the point than what the head makes of it, or that it was not there.
         let checked = checked?;
-        let (nodes, first_rank, world_size) = joined?;
-        return Ok((nodes, LocalRanks { first_rank, num_local, world_size }, checked));
+        let (nodes, assignment) = joined?;
+        let Assignment { first_rank, world_size, run_id, max_restarts, .. } = assignment;
+        return Ok((nodes, Ranks { first_rank, num_local, world_size, run_id, max_restarts }, checked));
     }
     let gathered = listen(place).and_then(|listener| meeting::gather(listener, &hello, patience, signals));
     let checked = checked?;
@@ -159,7 +139,7 @@ fn meet(
         nodes.dismiss(&Message::Verdict(Farewell::from(&failure)));
         return Err(failure);
     }
-    Ok((nodes, LocalRanks { first_rank: 0, num_local, world_size }, checked))
+    Ok((nodes, Ranks { first_rank: 0, num_local, world_size, run_id, max_restarts }, checked))
 }
 
 /// Checks what depends on which nodes came.
@@ -192,15 +172,18 @@ fn listen(place: &Place) -> Result<TcpListener, Failure> {
     let host = all_interfaces(place)?;
     TcpListener::bind((host, place.master_port)).map_err(|error| {
         let hint = match error.kind() {
-            std::io::ErrorKind::AddrInUse => "another process uses it; choose another --master-port on all machines",
-            _ => "choose another --master-port on all machines",
+            std::io::ErrorKind::AddrInUse => {
+                let holder = ports::holder(place.master_port).unwrap_or_else(|| "another process".to_owned());
+                format!("{holder} uses it; choose another --master-port on all machines")
+            }
+            _ => "choose another --master-port on all machines".to_owned(),
         };
         Failure::bad_input(format!("cannot listen on port {}: {error}; {hint}", place.master_port))
     })
 }
 
 /// The address that stands for all interfaces, of the kind that the master address has.
-fn all_interfaces(place: &Place) -> Result<&'static str, Failure> {
+pub fn all_interfaces(place: &Place) -> Result<&'static str, Failure> {
     let mut addrs = (place.master_addr.as_str(), place.master_port).to_socket_addrs().map_err(|error| {
         Failure::bad_input(format!(
             "--master-addr: expected a name or address of this machine, got {:?}: {error}",
@@ -208,147 +191,4 @@ fn all_interfaces(place: &Place) -> Result<&'static str, Failure> {
         ))
     })?;
     Ok(if addrs.any(|addr| addr.is_ipv4()) { "0.0.0.0" } else { "::" })
-}
-
-/// Starts the ranks of this node and stays with them to their end.
-fn run(
-    place: &Place,
-    ranks: &LocalRanks,
-    checked: &Checked,
-    nodes: &mut Nodes,
-    signals: &mut Signals,
-) -> Result<ExitStatus, Failure> {
-    let worker = worker::find()?;
-    // Within a SLURM job mpirun may start even a few ranks on another node than this one.
-    let is_spread = checked.mpirun.is_some() && std::env::var_os("SLURM_JOB_ID").is_some();
-    let is_on_one_machine = place.num_nodes == 1 && ranks.num_local == ranks.world_size && !is_spread;
-    let dir = &checked.config.output.dir;
-    let log_dir = dir.join("logs");
-    folder::create_dir(&log_dir)?;
-    // The folder may be one for all nodes: the head's launcher alone locks it and owns what has no node in its name.
-    let (config_path, _lock) = match place.node_rank {
-        0 => {
-            let lock = Lock::take(dir, "fsdp-launch").map_err(Failure::bad_input)?;
-            error_file::remove_all(&log_dir).map_err(Failure::bad_input)?;
-            (dir.join("config.toml"), Some(lock))
-        }
-        node_rank => (dir.join(format!("config.node-{node_rank}.toml")), None),
-    };
-    folder::write_resolved(&checked.config, &config_path)?;
-    let store = if place.is_head() { Some(serve_store(place, is_on_one_machine)?) } else { None };
-    let master_port = store.as_ref().map_or(place.master_port, |store| store.local_addr().port());
-
-    let spare = processes::children();
-    lifeline::become_subreaper().map_err(Failure::failed)?;
-    let lifeline = Lifeline::new().map_err(Failure::failed)?;
-    let progress = Progress::create(ranks.num_local).map_err(Failure::failed)?;
-    let inherit = [lifeline.inherit_fd(), progress.inherit_fd()];
-    if signals.take() != Arrived::Nothing {
-        return Err(nodes::stopped_early());
-    }
-    nodes.start_all();
-    let started = if let Some(mpirun) = &checked.mpirun {
-        let mpi_master_addr = if is_on_one_machine { place.master_addr.clone() } else { host_name() };
-        let start = MpirunStart {
-            mpirun,
-            worker: &worker,
-            config: &config_path,
-            log_dir: &log_dir,
-            vars: &prepared_vars(&mpi_master_addr, master_port, terminal_width()),
-            num_ranks: ranks.world_size,
-            num_local_ranks: ranks.num_local,
-            store: store.as_ref().expect("mpirun is the only node's").local_addr(),
-        };
-        vec![RankProcess::start_mpirun(&start).map_err(|e| Failure::failed(format!("cannot start mpirun: {e}")))?]
-    } else {
-        start_ranks(ranks.num_local, &spare, |local_rank| RankStart {
-            program: &worker,
-            config: &config_path,
-            env: WorkerEnv {
-                started_by: StartedBy::Launcher,
-                run_id: None,
-                rank: ranks.first_rank + local_rank,
-                local_rank,
-                world_size: ranks.world_size,
-                local_world_size: ranks.num_local,
-                group_rank: place.node_rank,
-                master_addr: place.master_addr.clone(),
-                master_port,
-                lifeline_fd: Some(lifeline.inherit_fd()),
-                progress_fd: Some(progress.inherit_fd()),
-                terminal_width: terminal_width(),
-            },
-            inherit: &inherit,
-            log_dir: &log_dir,
-        })?
-    };
-
-    let mut supervisor = Supervisor::new(started, &progress, &log_dir, signals, nodes);
-    supervisor.run()?;
-    drop(lifeline);
-    processes::end_orphans(&spare, ORPHAN_PATIENCE);
-    if checked.mpirun.is_some() {
-        mpirun::remove_empty_outputs(&log_dir, ranks.world_size);
-    }
-
-    let (status, lines) = match supervisor.verdict.take() {
-        Some(farewell) => (farewell.status(), farewell.lines),
-        None => {
-            // The report comes first, whatever the file system says.
-            let checkpoints = sharded::list(&dir.join("checkpoints")).unwrap_or_else(|error| {
-                supervisor.stderr.push_line(&format!("fsdp-launch: {error}"));
-                Vec::new()
-            });
-            let newest = checkpoints.last().map(|(_, path)| path.as_path());
-            let resumes = checked.config.checkpoint.resume == Resume::Auto;
-            verdict::verdict(&supervisor.history, newest, resumes)
-        }
-    };
-    lines.iter().for_each(|line| supervisor.stderr.push_line(line));
-    if supervisor.nodes.is_head {
-        supervisor.nodes.dismiss(&Message::Verdict(Farewell::new(status, lines)));
-    }
-    supervisor.stdout.finish(OUTPUT_PATIENCE);
-    supervisor.stderr.finish(OUTPUT_PATIENCE);
-    Ok(status)
-}
-
-fn serve_store(place: &Place, is_on_one_machine: bool) -> Result<StoreServer, Failure> {
-    let host = if is_on_one_machine { &place.master_addr } else { all_interfaces(place)? };
-    StoreServer::bind((host, place.master_port)).map_err(|error| match error {
-        ControlError::PortInUse { .. } | ControlError::StoreBind { .. } => Failure::bad_input(error),
-        _ => Failure::failed(error),
-    })
-}
-
-/// Starts all ranks, or none.
-fn start_ranks<'a>(
-    num_ranks: usize,
-    spare: &[Pid],
-    start: impl Fn(usize) -> RankStart<'a>,
-) -> Result<Vec<RankProcess>, Failure> {
-    let mut ranks: Vec<RankProcess> = Vec::with_capacity(num_ranks);
-    for rank in 0..num_ranks {
-        match RankProcess::start(start(rank)) {
-            Ok(process) => ranks.push(process),
-            Err(error) => {
-                ranks.iter().for_each(|started| processes::signal_group(started.pid, Signal::KILL));
-                processes::end_orphans(spare, ORPHAN_PATIENCE);
-                return Err(Failure::failed(format!(
-                    "cannot start rank {rank} of this machine's {num_ranks}: {error}"
-                )));
-            }
-        }
-    }
-    Ok(ranks)
-}
-
-/// Columns of the terminal on stderr, where the progress is drawn.
-fn terminal_width() -> Option<u16> {
-    let stderr = std::io::stderr();
-    if !stderr.is_terminal() {
-        return None;
-    }
-    let size = rustix::termios::tcgetwinsize(&stderr).ok()?;
-    (size.ws_col > 0).then_some(size.ws_col)
 }

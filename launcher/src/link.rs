@@ -12,7 +12,7 @@ use rustix::net::sockopt;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
-use crate::history::{AbsentRank, RankFailure};
+use crate::history::{RankFailure, RankPlace};
 use crate::processes::timespec;
 
 /// A machine that does not answer for so long is lost. Longer than a switch takes to find another way.
@@ -31,21 +31,23 @@ pub enum Message {
     /// To the head, first: who comes.
     Hello(Hello),
     /// From the head: all are here.
-    Start { host: String, first_rank: usize, world_size: usize },
+    Start(Assignment),
     /// Ranks are to finish the step and save: somebody asked for it, and may want them killed where that takes long.
     Stop { has_deadline: bool },
-    /// Ranks are to end: one has failed.
-    End,
+    /// Ranks are to end: one has failed, or all wait for one and will not go on.
+    End { is_hang: bool },
     /// Ranks are to be killed: somebody insists.
     Kill,
     /// To the head: a rank has failed.
-    RankFailed(RankFailure),
-    /// From the head: rank `waiting` waited in vain in collective `seq`; who had not come to it?
-    WhoIsAbsent { waiting: usize, seq: u64 },
+    RankFailed(Box<RankFailure>),
+    /// From the head: rank `failed` waited in vain in a collective, or met a different one; where are the node's ranks?
+    WhereAre { failed: usize },
     /// The answer.
-    Absent { waiting: usize, ranks: Vec<AbsentRank> },
-    /// To the head, last: all ranks of the node have ended.
+    Places { failed: usize, ranks: Vec<RankPlace> },
+    /// To the head: all ranks of the node have ended.
     Ended(Ended),
+    /// From the head: all ranks of all nodes have ended, and are started anew.
+    Restart(Restart),
     /// To the head, last: the launcher itself gives up.
     GaveUp(Farewell),
     /// From the head, last: what became of the run.
@@ -63,8 +65,33 @@ pub struct Hello {
     pub machine: String,
     /// Ranks on this node.
     pub num_ranks: usize,
+    /// Digest of the worker's binary; empty where there is none.
+    #[serde(default)]
+    pub worker: String,
     /// The resolved config, or what is wrong with the job on this node.
     pub job: Result<String, Farewell>,
+}
+
+/// What a node gets to know once all are here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The head's.
+    pub host: String,
+    /// Of the node.
+    pub first_rank: usize,
+    pub world_size: usize,
+    /// Of all nodes.
+    pub run_id: String,
+    pub max_restarts: u32,
+}
+
+/// How the ranks start anew.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Restart {
+    /// The config's `resume` gives way to "auto": there is a checkpoint of this run now.
+    pub resumes: bool,
+    /// What to say about it.
+    pub lines: Vec<String>,
 }
 
 /// How the ranks of a node ended, failures aside.
@@ -248,8 +275,11 @@ mod tests {
     use std::net::TcpListener;
 
     use fsdp_control::error_file::{ErrorKind as Kind, ErrorRecord};
+    use fsdp_control::progress::Phase;
 
     use super::*;
+    use crate::history::At;
+    use crate::oom::OomKill;
     use crate::rank::End;
 
     fn pair() -> (Link, Link) {
@@ -281,42 +311,48 @@ mod tests {
             host: "h".to_owned(),
             machine: "m".to_owned(),
             num_ranks: 3,
+            worker: "0a".to_owned(),
             job: Ok("[model]\npath = \"a\"\n".to_owned()),
         };
         let refused = Hello { job: Err(Farewell::from(&Failure::bad_input("no\ndata"))), ..hello.clone() };
-        let absent = AbsentRank {
-            rank: 3,
-            host: "h".to_owned(),
-            pid: 7,
+        let at = At {
             step: 4,
+            phase: Phase::Data,
             seq: 9,
             op: "all_gather".to_owned(),
             unit: "layers.0".to_owned(),
+            num_bytes: 64,
             waits: true,
-            state: Some('S'),
         };
+        let place = RankPlace { rank: 3, host: "h".to_owned(), pid: 7, at: at.clone(), state: Some('S') };
         let failure = RankFailure {
             rank: 2,
+            local_rank: 0,
             host: "h".to_owned(),
             pid: Some(8),
             end: End::Killed(9),
             step: Some(5),
-            seq: 10,
+            at: Some(at),
             record: Some(ErrorRecord::new(2, 0, Kind::CollectiveTimeout, "m".to_owned(), ExitStatus::Failed)),
             last_lines: vec!["ü".repeat(1000); 20],
-            absent: vec![absent.clone()],
+            peak_rss_bytes: Some(1 << 30),
+            oom: Some(OomKill { limit_bytes: None }),
+            others: vec![place.clone()],
         };
+        let (host, run_id) = ("h".to_owned(), "r".to_owned());
+        let assignment = Assignment { host, first_rank: 4, world_size: 8, run_id, max_restarts: 3 };
         vec![
             Message::Hello(hello),
             Message::Hello(refused),
-            Message::Start { host: "h".to_owned(), first_rank: 4, world_size: 8 },
+            Message::Start(assignment),
             Message::Stop { has_deadline: true },
-            Message::End,
+            Message::End { is_hang: true },
             Message::Kill,
-            Message::RankFailed(failure),
-            Message::WhoIsAbsent { waiting: 2, seq: 10 },
-            Message::Absent { waiting: 2, ranks: vec![absent] },
+            Message::RankFailed(Box::new(failure)),
+            Message::WhereAre { failed: 2 },
+            Message::Places { failed: 2, ranks: vec![place] },
             Message::Ended(Ended { num_stopped: 1, forced: true, unkillable: vec![3] }),
+            Message::Restart(Restart { resumes: true, lines: vec!["a".to_owned()] }),
             Message::GaveUp(Farewell::new(ExitStatus::Failed, vec!["a".to_owned(), "b".to_owned()])),
             Message::Verdict(Farewell::new(ExitStatus::Stopped, vec!["a".to_owned()])),
         ]
@@ -349,10 +385,10 @@ mod tests {
     #[test]
     fn a_sender_without_end_does_not_take_all_attention() {
         let (mut near, mut far) = pair();
-        (0..100_000).for_each(|_| near.send(&Message::End));
+        (0..100_000).for_each(|_| near.send(&Message::Kill));
         far.read_some();
         let num = std::iter::from_fn(|| far.take()).count();
-        assert!((1..=MAX_READ_BYTES / 6).contains(&num), "{num}");
+        assert!((1..=MAX_READ_BYTES / 7).contains(&num), "{num}");
         assert_eq!(far.closed(), None);
     }
 

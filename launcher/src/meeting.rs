@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use fsdp_control::ExitStatus;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
+use xxhash_rust::xxh3::xxh3_128;
 
 use crate::cli::MAX_RANKS;
 use crate::differences::differences;
@@ -292,6 +293,14 @@ fn difference(head: &Hello, node: &Hello) -> Option<String> {
             head.version, node.version
         ));
     }
+    // A node without a worker says so itself.
+    if head.worker != node.worker && !head.worker.is_empty() && !node.worker.is_empty() {
+        return Some(format!(
+            "fsdp-train: expected the binary with digest {} on {there} as on node 0 (host {here}), got {}; install the \
+             same on all",
+            head.worker, node.worker
+        ));
+    }
     if head.num_nodes != node.num_nodes {
         return Some(format!(
             "--nnodes: expected {} on {there} as on node 0 (host {here}), got {}; give the same on all machines",
@@ -305,5 +314,13 @@ fn difference(head: &Hello, node: &Hello) -> Option<String> {
             format!("{key}: expected {ours} on {there} as on node 0 (host {here}), got {theirs}")
         })
         .collect();
-    (!lines.is_empty()).then(|| lines.join("\n  ") + "; give all machines the same config and flags")
+    let digest = |config: &str| format!("{:032x}", xxh3_128(config.as_bytes()));
+    (!lines.is_empty()).then(|| {
+        format!(
+            "{} (digests of the configs: {} and {}); give all machines the same config and flags",
+            lines.join("\n  "),
+            digest(ours),
+            digest(theirs)
+        )
+    })
 }

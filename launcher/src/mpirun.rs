@@ -198,13 +198,16 @@ pub fn failures(ranks: MpirunRanks, log_dir: &Path, said: &[String], end: End) -
         }
         RankFailure {
             rank,
+            local_rank: record.local_rank,
             host,
             pid,
             end: if is_silent { end } else { End::Exited(record.exit_status) },
             step: (!is_silent).then_some(record.step),
-            seq: 0,
+            at: None,
             last_lines: last_lines(log_dir, rank),
-            absent: Vec::new(),
+            peak_rss_bytes: None,
+            oom: None,
+            others: Vec::new(),
             record: Some(record),
         }
     };
@@ -267,8 +270,20 @@ pub fn reported_failure(lines: &[String]) -> Option<RankFailure> {
             (number(rank)?, "unknown".to_owned(), End::Exited(number(code)? as i32))
         }
     };
-    let last_lines = Vec::new();
-    Some(RankFailure { rank, host, pid: None, end, step: None, seq: 0, record: None, last_lines, absent: Vec::new() })
+    Some(RankFailure {
+        rank,
+        local_rank: rank,
+        host,
+        pid: None,
+        end,
+        step: None,
+        at: None,
+        record: None,
+        last_lines: Vec::new(),
+        peak_rss_bytes: None,
+        oom: None,
+        others: Vec::new(),
+    })
 }
 
 #[cfg(test)]

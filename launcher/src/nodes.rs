@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::failure::Failure;
-use crate::link::{Farewell, Hello, Link, Message};
+use crate::link::{Assignment, Farewell, Hello, Link, Message};
 use crate::place::Place;
 use crate::processes::timespec;
 use crate::signals::{Arrived, Signals};
@@ -72,14 +72,20 @@ impl Nodes {
     }
 
     /// Tells the other nodes which ranks are theirs.
-    pub fn start_all(&mut self) {
+    pub fn start_all(&mut self, world_size: usize, run_id: &str, max_restarts: u32) {
         if self.is_head {
-            let world_size = self.peers.last().and_then(|peer| peer.ranks.as_ref()).map_or(0, |ranks| ranks.end);
             for peer in &mut self.peers {
                 let first_rank = peer.ranks.as_ref().map_or(0, |ranks| ranks.start);
-                peer.link.send(&Message::Start { host: host_name(), first_rank, world_size });
+                let (host, run_id) = (host_name(), run_id.to_owned());
+                let assignment = Assignment { host, first_rank, world_size, run_id, max_restarts };
+                peer.link.send(&Message::Start(assignment));
             }
         }
+    }
+
+    /// All are expected to say how their ranks ended once more.
+    pub fn begin_again(&mut self) {
+        self.peers.iter_mut().for_each(|peer| peer.is_done = false);
     }
 
     /// Says the last words and waits a little until they are heard.
@@ -101,8 +107,7 @@ pub fn stopped_early() -> Failure {
     Failure::stopped(STOPPED_EARLY)
 }
 
-/// The part of a node other than the head: comes to the head and waits for the start. Returns its first rank and the
-/// number of all ranks.
+/// The part of a node other than the head: comes to the head and waits for the start.
 ///
 /// # Errors
 /// Nobody answers at the master address, the head refuses, or a signal.
@@ -111,7 +116,7 @@ pub fn join(
     own: Hello,
     patience: Duration,
     signals: &mut Signals,
-) -> Result<(Nodes, usize, usize), Failure> {
+) -> Result<(Nodes, Assignment), Failure> {
     let mut notice_at = Some(Instant::now() + NOTICE_AFTER);
     let mut link = reach(place, patience, &mut notice_at, signals)?;
     let at = format!("{}:{}", place.master_addr, place.master_port);
@@ -120,9 +125,10 @@ pub fn join(
         link.read_some();
         if let Some(message) = link.take() {
             return match message {
-                Message::Start { host, first_rank, world_size } => {
+                Message::Start(assignment) => {
+                    let host = assignment.host.clone();
                     let head = Peer { link, node_rank: 0, host, ranks: None, is_done: false };
-                    Ok((Nodes { is_head: false, peers: vec![head] }, first_rank, world_size))
+                    Ok((Nodes { is_head: false, peers: vec![head] }, assignment))
                 }
                 Message::Verdict(farewell) => Err(farewell.into()),
                 other => Err(Failure::failed(format!("{at}: expected a launcher's answer, got {other:?}"))),

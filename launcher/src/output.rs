@@ -13,6 +13,25 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::processes::timespec;
 
+/// Where the launcher prints.
+#[derive(Debug)]
+pub struct Outlets {
+    pub stdout: Outlet,
+    pub stderr: Outlet,
+}
+
+impl Outlets {
+    pub fn new() -> Self {
+        Self { stdout: Outlet::new(Stream::Out(io::stdout())), stderr: Outlet::new(Stream::Err(io::stderr())) }
+    }
+
+    /// See [`Outlet::finish`].
+    pub fn finish(&mut self, patience: Duration) {
+        self.stdout.finish(patience);
+        self.stderr.finish(patience);
+    }
+}
+
 /// The launcher's stdout or stderr, behind a queue.
 #[derive(Debug)]
 pub struct Outlet {
@@ -39,14 +58,6 @@ const MAX_QUEUE_BYTES: usize = 1 << 20;
 const WRITE_BYTES: usize = 4096;
 
 impl Outlet {
-    pub fn stdout() -> Self {
-        Self::new(Stream::Out(io::stdout()))
-    }
-
-    pub fn stderr() -> Self {
-        Self::new(Stream::Err(io::stderr()))
-    }
-
     fn new(to: Stream) -> Self {
         let mut outlet = Self { to, queue: VecDeque::new(), closed: false, at_line_start: true };
         // A terminal that is ready may have room for a few bytes only, and then blocks. Not to do so is a property of the
@@ -213,7 +224,7 @@ mod tests {
 
     #[test]
     fn own_lines_start_below_unfinished_ones() {
-        let mut outlet = Outlet::stderr();
+        let mut outlet = Outlets::new().stderr;
         outlet.push(b"step 3");
         outlet.push_line("stopped");
         outlet.push_line("done");

@@ -255,9 +255,10 @@ fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_ranks: usize) -
     let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { return Ok(()) };
     let origin = format!("{} (saved config)", checkpoint.display());
     if let Some(global_batch_size) = manifest.meta.trainer["global_batch_size"].as_u64() {
-        config.clone().keep_global_batch(global_batch_size, num_ranks as u64).map_err(|error| {
-            Failure::bad_input(format!("cannot continue {}: {error}", checkpoint.display()))
-        })?;
+        config
+            .clone()
+            .keep_global_batch(global_batch_size, num_ranks as u64)
+            .map_err(|error| Failure::bad_input(format!("cannot continue {}: {error}", checkpoint.display())))?;
     }
     let saved = JobConfig::parse(&origin, &manifest.meta.config).map_err(Failure::bad_input)?;
     compatible_for_resume(&saved, config).map_err(|differences| {

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
+use std::process::{ChildStderr, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use fsdp_control::env::WorkerEnv;
@@ -15,11 +15,11 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
 use crate::mpirun::{self, MpirunRanks, MpirunStart};
-use crate::output::{OutFile, Outlet, Tail};
+use crate::output::{OutFile, Outlet, Outlets, Tail};
 use crate::{machine, processes};
 
 /// Variables of a launcher's own ranks, which a launcher that runs inside of a rank must not hand on.
-const OF_RANKS: [&str; 9] = [
+const OF_RANKS: [&str; 12] = [
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -29,6 +29,9 @@ const OF_RANKS: [&str; 9] = [
     "FSDP_PROGRESS_FD",
     "FSDP_PREPARED",
     "FSDP_TERMINAL_WIDTH",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_RUN_ID",
 ];
 
 /// How a rank is started.
@@ -39,6 +42,8 @@ pub struct RankStart<'a> {
     /// The resolved config, its one argument.
     pub config: &'a Path,
     pub env: WorkerEnv,
+    /// Further variables.
+    pub vars: &'a [(String, String)],
     /// Descriptors that it inherits.
     pub inherit: &'a [RawFd],
     /// Where its output goes, unless it is rank 0.
@@ -53,7 +58,6 @@ pub struct RankProcess {
     pub mpirun: Option<MpirunRanks>,
     pub pid: Pid,
     pub started: Instant,
-    child: Child,
     /// Readable once the process has ended; `None` once that has been seen.
     pidfd: Option<OwnedFd>,
     stdout: Option<ChildStdout>,
@@ -109,7 +113,7 @@ impl RankProcess {
         let rank = start.env.rank;
         let mut command = Command::new(start.program);
         command.arg(start.config);
-        set_env(&mut command, start.env.vars());
+        set_env(&mut command, start.env.vars().into_iter().chain(start.vars.iter().cloned()));
         lifeline::prepare_child(&mut command, start.inherit);
         let output = match rank {
             0 => Output::Terminal,
@@ -141,11 +145,11 @@ impl RankProcess {
         let pid = Pid::from_child(&child);
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let (started, tail) = (Instant::now(), Tail::default());
-        let mut process = Self { first_rank, mpirun, pid, started, child, pidfd: None, stdout, stderr, output, tail };
+        let mut process = Self { first_rank, mpirun, pid, started, pidfd: None, stdout, stderr, output, tail };
         if let Err(error) = process.watch() {
             // Nobody would notice the end of such a process.
             processes::signal_group(pid, Signal::KILL);
-            process.child.wait()?;
+            child.wait()?;
             return Err(error);
         }
         Ok(process)
@@ -201,7 +205,8 @@ impl RankProcess {
     }
 
     /// Moves what it printed on, as much as is there now.
-    pub fn pump(&mut self, to_stdout: &mut Outlet, to_stderr: &mut Outlet) {
+    pub fn pump(&mut self, outlets: &mut Outlets) {
+        let Outlets { stdout: to_stdout, stderr: to_stderr } = outlets;
         let (tail, output) = (&mut self.tail, &mut self.output);
         let mut sink = match output {
             Output::Terminal => Sink::Outlet(to_stdout),
@@ -220,19 +225,21 @@ impl RankProcess {
         }
     }
 
-    /// Takes the end of a process whose [`RankProcess::exit_fd`] is readable: ends what it left in its group, moves the
-    /// rest of its output on, and closes its pipes, which a process that escaped the group may still hold.
-    pub fn reap(&mut self, to_stdout: &mut Outlet, to_stderr: &mut Outlet) -> io::Result<End> {
+    /// Takes the end of a process whose [`RankProcess::exit_fd`] is readable, with the most memory that it had: ends what it
+    /// left in its group, moves the rest of its output on, and closes its pipes, which a process that escaped the group may
+    /// still hold.
+    pub fn reap(&mut self, outlets: &mut Outlets) -> io::Result<(End, u64)> {
         // Before the wait: an unreaped leader keeps the group's number from being given to others.
         processes::signal_group(self.pid, Signal::KILL);
-        let status = self.child.wait()?;
+        let (status, peak_rss_bytes) = fsdp_control::child::wait(self.pid)?;
         self.pidfd = None;
-        self.pump(to_stdout, to_stderr);
+        self.pump(outlets);
         (self.stdout, self.stderr) = (None, None);
-        Ok(match status.signal() {
+        let end = match status.signal() {
             Some(signal) => End::Killed(signal),
             None => End::Exited(status.code().expect("a process that no signal ended has a code")),
-        })
+        };
+        Ok((end, peak_rss_bytes))
     }
 
     /// The last lines that it printed and that are not on the screen.

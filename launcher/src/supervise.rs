@@ -7,13 +7,12 @@
 //!      |                  | a rank fails      5 s        ^
 //!      | a rank fails     +---------> Ending ------------+
 //!      |                              ^
-//!      +--> (a victim: 0.5 s for the cause to show)
+//!      +--> (a victim: 0.5 s for the cause to show; where there is none but a rank that did not come, 0.3 s to end)
 //! ```
 //!
 //! With several nodes each launcher passes through these phases with its own ranks and tells the others why. The head
-//! hears of all failures, and its verdict ends all launchers with the same status and lines.
+//! hears of all failures, and its word ends this start of the ranks for all launchers.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fsdp_control::ExitStatus;
@@ -22,11 +21,13 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::failure::Failure;
 use crate::history::History;
-use crate::link::{Ended, Farewell, Message};
+use crate::link::{Ended, Farewell, Message, Restart};
 use crate::nodes::Nodes;
-use crate::output::Outlet;
+use crate::oom::OomWatch;
+use crate::output::Outlets;
 use crate::processes;
 use crate::rank::RankProcess;
+use crate::report::Records;
 use crate::signals::{Arrived, Signals};
 
 /// How long ranks have to finish the step and save after a signal. Schedulers kill after 30 s.
@@ -35,12 +36,6 @@ pub const STOP_DEADLINE: Duration = Duration::from_secs(25);
 /// How often an mpirun is asked to stop, and how long after its start at first: it dies of a signal that comes while it
 /// starts the ranks, or drops it.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-
-/// How long ranks have to end once another one has failed.
-pub const GRACE: Duration = Duration::from_secs(5);
-
-/// The same once a whole node is lost: no step can end, nothing can be saved.
-const LOST_GRACE: Duration = Duration::from_secs(2);
 
 /// How long the cause has to show once a victim has been seen.
 const CAUSE_DEADLINE: Duration = Duration::from_millis(500);
@@ -52,6 +47,28 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// kernel's. The head has to wait for the others itself before it answers.
 const NODES_DEADLINE: Duration = Duration::from_secs(40);
 const HEAD_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Why all ranks are to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// One has failed.
+    Failure,
+    /// Ranks have given up on one that lives: all are stuck, or have just given up themselves.
+    Hang,
+    /// A whole node is lost: no step can end, nothing can be saved.
+    LostNode,
+}
+
+impl Ending {
+    /// How long they have.
+    fn grace(self) -> Duration {
+        match self {
+            Self::Failure => Duration::from_secs(5),
+            Self::Hang => Duration::from_millis(300),
+            Self::LostNode => Duration::from_secs(2),
+        }
+    }
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -89,47 +106,57 @@ enum Ready {
     Exit(usize),
 }
 
+/// What the head says once all ranks have ended.
+#[derive(Debug)]
+pub enum Word {
+    Verdict(Farewell),
+    Restart(Restart),
+}
+
 #[derive(Debug)]
 pub struct Supervisor<'a> {
     pub ranks: Vec<RankProcess>,
     pub progress: &'a Progress,
-    pub log_dir: &'a Path,
+    pub records: &'a Records<'a>,
     pub signals: &'a mut Signals,
     pub nodes: &'a mut Nodes,
-    pub stdout: Outlet,
-    pub stderr: Outlet,
+    pub outlets: &'a mut Outlets,
+    pub oom_watch: OomWatch,
     pub phase: Phase,
     /// When an mpirun is to be asked to stop once more.
     ask_again: Option<Instant>,
     pub history: History,
-    /// What the head says, on other nodes.
-    pub verdict: Option<Farewell>,
+    /// On nodes other than the head.
+    pub word: Option<Word>,
 }
 
 impl<'a> Supervisor<'a> {
     pub fn new(
         ranks: Vec<RankProcess>,
         progress: &'a Progress,
-        log_dir: &'a Path,
+        records: &'a Records<'a>,
         signals: &'a mut Signals,
         nodes: &'a mut Nodes,
+        outlets: &'a mut Outlets,
+        oom_watch: OomWatch,
     ) -> Self {
         Self {
             ranks,
             progress,
-            log_dir,
+            records,
             signals,
             nodes,
-            stdout: Outlet::stdout(),
-            stderr: Outlet::stderr(),
+            outlets,
+            oom_watch,
             phase: Phase::Running,
             ask_again: None,
             history: History::default(),
-            verdict: None,
+            word: None,
         }
     }
 
-    /// Returns once all ranks of all nodes have ended; the outlets may still hold some output.
+    /// Returns once all ranks of all nodes have ended, and the head has said what follows; the outlets may still hold some
+    /// output.
     ///
     /// # Errors
     /// The system refuses to wait. The ranks then end with the lifeline.
@@ -185,7 +212,7 @@ impl<'a> Supervisor<'a> {
         for fd in self.signals.fds() {
             add(fd, PollFlags::IN, Ready::Signal);
         }
-        for (outlet, event) in [(&self.stdout, Ready::Stdout), (&self.stderr, Ready::Stderr)] {
+        for (outlet, event) in [(&self.outlets.stdout, Ready::Stdout), (&self.outlets.stderr, Ready::Stderr)] {
             if outlet.is_waiting() {
                 add(outlet.fd(), PollFlags::OUT, event);
             }
@@ -221,10 +248,10 @@ impl<'a> Supervisor<'a> {
                 Arrived::Stop { has_deadline } => self.stop(has_deadline),
                 Arrived::Force => self.force(),
             },
-            Ready::Stdout => self.stdout.write_some(),
-            Ready::Stderr => self.stderr.write_some(),
+            Ready::Stdout => self.outlets.stdout.write_some(),
+            Ready::Stderr => self.outlets.stderr.write_some(),
             Ready::Node(index) => self.hear(index),
-            Ready::Output(index) => self.ranks[index].pump(&mut self.stdout, &mut self.stderr),
+            Ready::Output(index) => self.ranks[index].pump(self.outlets),
             Ready::Exit(index) => self.take_end(index)?,
         }
         Ok(())
@@ -232,10 +259,18 @@ impl<'a> Supervisor<'a> {
 
     /// Asks all ranks to finish the step, save and exit; once. A wish with a deadline may come after one without.
     fn stop(&mut self, has_deadline: bool) {
+        let is_news = !self.history.was_signalled;
+        self.history.was_signalled = true;
         let is_first = match self.phase {
             Phase::Running | Phase::Suspecting(_) => true,
             Phase::Stopping(None) if has_deadline => false,
-            _ => return,
+            // Too late for this start, but there is to be no other.
+            _ => {
+                if is_news && !self.nodes.is_head {
+                    self.nodes.tell_all(&Message::Stop { has_deadline });
+                }
+                return;
+            }
         };
         self.history.stop_requested = true;
         self.nodes.tell_all(&Message::Stop { has_deadline });
@@ -243,7 +278,9 @@ impl<'a> Supervisor<'a> {
         if is_first {
             let at_most =
                 if has_deadline { format!(" ({} s at most)", STOP_DEADLINE.as_secs()) } else { String::new() };
-            self.stderr.push_line(&format!("fsdp-launch: asked to stop; the ranks finish the step and save{at_most}"));
+            self.outlets
+                .stderr
+                .push_line(&format!("fsdp-launch: asked to stop; the ranks finish the step and save{at_most}"));
             self.ask_to_stop();
         }
     }
@@ -261,6 +298,7 @@ impl<'a> Supervisor<'a> {
 
     /// A person does not want to wait.
     fn force(&mut self) {
+        self.history.was_signalled = true;
         if !self.history.forced {
             self.history.forced = true;
             self.nodes.tell_all(&Message::Kill);
@@ -272,7 +310,10 @@ impl<'a> Supervisor<'a> {
     fn pass_deadline(&mut self) {
         match self.phase {
             Phase::Running => {}
-            Phase::Suspecting(_) => self.end_all(GRACE),
+            Phase::Suspecting(_) => {
+                let is_hang = self.history.is_hang();
+                self.end_all(if is_hang { Ending::Hang } else { Ending::Failure });
+            }
             Phase::Stopping(_) => {
                 self.history.forced = true;
                 self.kill();
@@ -287,8 +328,8 @@ impl<'a> Supervisor<'a> {
     }
 
     /// A rank has failed, or a node is lost: the others end too.
-    pub fn end_all(&mut self, grace: Duration) {
-        self.nodes.tell_all(&Message::End);
+    pub fn end_all(&mut self, why: Ending) {
+        self.nodes.tell_all(&Message::End { is_hang: why == Ending::Hang });
         if matches!(self.phase, Phase::Ending(_) | Phase::Killed(_) | Phase::Waiting(_)) {
             return;
         }
@@ -296,7 +337,7 @@ impl<'a> Supervisor<'a> {
             // Before the first step there is nothing to save, and ranks may be in a wait that only a time limit ends.
             rank.ask_to_end(self.progress.snapshot(index).step > 0);
         }
-        self.phase = Phase::Ending(Instant::now() + grace);
+        self.phase = Phase::Ending(Instant::now() + why.grace());
     }
 
     fn kill(&mut self) {
@@ -319,10 +360,15 @@ impl<'a> Supervisor<'a> {
     fn hear(&mut self, index: usize) {
         self.nodes.peers[index].link.write_some();
         self.nodes.peers[index].link.read_some();
-        while let Some(message) = self.nodes.peers[index].link.take() {
+        // What comes after the head's word is for the next start.
+        while self.word.is_none()
+            && let Some(message) = self.nodes.peers[index].link.take()
+        {
             self.take_message(index, message);
         }
-        if let Some(reason) = self.nodes.peers[index].link.closed().map(str::to_owned) {
+        if self.word.is_none()
+            && let Some(reason) = self.nodes.peers[index].link.closed().map(str::to_owned)
+        {
             self.lose(index, &reason);
         }
     }
@@ -331,16 +377,16 @@ impl<'a> Supervisor<'a> {
         let peer = &mut self.nodes.peers[index];
         match message {
             Message::Stop { has_deadline } => self.stop(has_deadline),
-            Message::End => self.end_all_once(),
+            Message::End { is_hang } => self.end_all_once(if is_hang { Ending::Hang } else { Ending::Failure }),
             Message::Kill => self.force(),
-            Message::RankFailed(failure) => self.take_failure(failure),
-            Message::WhoIsAbsent { waiting, seq } => {
-                let ranks = self.absent_from(seq);
-                self.nodes.peers[index].link.send(&Message::Absent { waiting, ranks });
+            Message::RankFailed(failure) => self.take_failure(*failure),
+            Message::WhereAre { failed } => {
+                let ranks = self.places_but(failed);
+                self.nodes.peers[index].link.send(&Message::Places { failed, ranks });
             }
-            Message::Absent { waiting, ranks } => {
-                if let Some(failure) = self.history.failures.iter_mut().find(|failure| failure.rank == waiting) {
-                    failure.absent.extend(ranks);
+            Message::Places { failed, ranks } => {
+                if let Some(failure) = self.history.failures.iter_mut().find(|failure| failure.rank == failed) {
+                    failure.others.extend(ranks);
                 }
             }
             Message::Ended(ended) => {
@@ -351,23 +397,28 @@ impl<'a> Supervisor<'a> {
             }
             Message::GaveUp(farewell) => {
                 peer.is_done = true;
+                self.history.lost_node = true;
                 self.history.add_fault(Farewell::new(farewell.failure_status(), farewell.lines));
-                self.end_all(GRACE);
+                self.end_all(Ending::Failure);
             }
             Message::Verdict(farewell) => {
                 peer.is_done = true;
-                self.verdict = Some(farewell);
+                self.word = Some(Word::Verdict(farewell));
                 // They have ended, unless the head gives up.
-                self.end_all_once();
+                self.end_all_once(Ending::Failure);
             }
-            Message::Hello(_) | Message::Start { .. } => self.lose(index, "it sent a message out of turn"),
+            Message::Restart(restart) => {
+                peer.is_done = true;
+                self.word = Some(Word::Restart(restart));
+            }
+            Message::Hello(_) | Message::Start(_) => self.lose(index, "it sent a message out of turn"),
         }
     }
 
     /// As [`Supervisor::end_all`], on the word of another launcher, which hears no echo.
-    fn end_all_once(&mut self) {
+    fn end_all_once(&mut self, why: Ending) {
         if matches!(self.phase, Phase::Running | Phase::Suspecting(_) | Phase::Stopping(_)) {
-            self.end_all(GRACE);
+            self.end_all(why);
         }
     }
 
@@ -379,7 +430,8 @@ impl<'a> Supervisor<'a> {
         }
         peer.is_done = true;
         let line = format!("{} is lost: {reason}", peer.name());
+        self.history.lost_node = true;
         self.history.add_fault(Farewell::new(ExitStatus::Failed, vec![line]));
-        self.end_all(LOST_GRACE);
+        self.end_all(Ending::LostNode);
     }
 }

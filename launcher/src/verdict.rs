@@ -3,53 +3,65 @@
 use std::path::Path;
 
 use fsdp_control::ExitStatus;
-use fsdp_control::error_file::ErrorKind;
-use signal_hook::consts::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGSEGV};
 
 use crate::history::{History, RankFailure};
 use crate::rank::End;
+use crate::report::{Cause, Records};
 use crate::supervise::STOP_DEADLINE;
 
-/// The run's exit status, and the lines that say why.
-///
+/// What became of one start of the ranks.
+#[derive(Debug, Clone)]
+pub struct Verdict {
+    pub status: ExitStatus,
+    /// Why it failed; `None` where it did not.
+    pub cause: Option<Cause>,
+    /// What else there is to say.
+    pub closing: Vec<String>,
+}
+
+impl Verdict {
+    /// All that is said, as it is printed.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let Some(cause) = &self.cause {
+            lines.push(cause.line());
+            lines.extend(cause.details.iter().cloned());
+        }
+        lines.extend(self.closing.iter().cloned());
+        for line in lines.iter_mut().filter(|line| !line.starts_with(' ')) {
+            line.insert_str(0, "fsdp-launch: ");
+        }
+        lines
+    }
+
+    /// What to do now, where something is to be done.
+    pub fn hint(&self) -> Option<String> {
+        match (self.status, self.closing.last()) {
+            (_, Some(last)) => Some(last.clone()),
+            (ExitStatus::Done, None) => None,
+            (status, None) => Some(status.meaning().to_owned()),
+        }
+    }
+}
+
 /// `checkpoint` is the newest committed one; `resumes` says whether the same command would continue from it.
-pub fn verdict(history: &History, checkpoint: Option<&Path>, resumes: bool) -> (ExitStatus, Vec<String>) {
-    let mut lines = Vec::new();
-    // A fault is noted only where it came before any rank's failure that can be a cause.
-    let culprit = if history.fault.is_some() { None } else { culprit(&history.failures) };
-    let status = match culprit {
-        _ if let Some(fault) = &history.fault => {
-            lines.extend(fault.lines.iter().cloned());
-            match fault.status() {
-                ExitStatus::Failed => failed(checkpoint),
-                status => status,
-            }
-        }
-        // A rank that ends early in a stop takes the others' peer away: that is no failure of theirs.
-        Some(failure) if failure.is_primary() || !history.stop_requested => {
-            lines = report(failure);
-            match failure.end {
-                End::Exited(code) if code == ExitStatus::BadInput.code() => ExitStatus::BadInput,
-                End::Exited(code) if code == ExitStatus::DoNotRerun.code() => ExitStatus::DoNotRerun,
-                _ => failed(checkpoint),
-            }
-        }
-        _ if history.forced => failed(checkpoint),
-        // A signal that came too late for a step to stop at changes nothing: the run is done.
-        _ if history.num_stopped > 0 || culprit.is_some() => ExitStatus::Stopped,
-        _ => ExitStatus::Done,
-    };
+pub fn verdict(history: &History, records: &Records<'_>, checkpoint: Option<&Path>, resumes: bool) -> Verdict {
+    let (mut status, cause) = judge(history, records);
+    if status == ExitStatus::Failed && checkpoint.is_some() {
+        status = ExitStatus::Stopped;
+    }
+    let mut closing = Vec::new();
     if history.forced {
         let secs = STOP_DEADLINE.as_secs();
-        lines.push(format!("ranks were killed before they had saved (a second Ctrl-C, or longer than {secs} s)"));
+        closing.push(format!("ranks were killed before they had saved (a second Ctrl-C, or longer than {secs} s)"));
     }
     if !history.unkillable.is_empty() {
-        lines.push(format!("ranks {:?} cannot be ended: the kernel holds them (see dmesg)", history.unkillable));
+        closing.push(format!("ranks {:?} cannot be ended: the kernel holds them (see dmesg)", history.unkillable));
     }
     if status == ExitStatus::Stopped || status == ExitStatus::Failed {
-        lines.push(match checkpoint {
+        closing.push(match checkpoint {
             Some(path) if resumes => {
-                let stopped = if culprit.is_none() && history.fault.is_none() { "stopped; " } else { "" };
+                let stopped = if cause.is_none() { "stopped; " } else { "" };
                 format!("{stopped}{} is committed; run the same command again to continue", path.display())
             }
             Some(path) => {
@@ -61,103 +73,81 @@ pub fn verdict(history: &History, checkpoint: Option<&Path>, resumes: bool) -> (
             None => "no checkpoint is committed".to_owned(),
         });
     }
-    for line in lines.iter_mut().filter(|line| !line.starts_with(' ')) {
-        line.insert_str(0, "fsdp-launch: ");
+    Verdict { status, cause, closing }
+}
+
+/// The status without regard to checkpoints, and why.
+fn judge(history: &History, records: &Records<'_>) -> (ExitStatus, Option<Cause>) {
+    // A fault is noted only where it came before any rank's failure that can be a cause.
+    if let Some(fault) = &history.fault {
+        let (headline, details) =
+            fault.lines.split_first().map_or_else(Default::default, |(first, rest)| (first.clone(), rest.to_vec()));
+        return (fault.status(), Some(Cause { headline, remarks: Vec::new(), details, record: None }));
     }
-    (status, lines)
+    match culprit(&history.failures) {
+        // A rank that ends early in a stop takes the others' peer away: that is no failure of theirs.
+        Some(failure) if failure.is_primary() || !history.stop_requested => {
+            let status = match failure.end {
+                End::Exited(code) if code == ExitStatus::BadInput.code() => ExitStatus::BadInput,
+                End::Exited(code) if code == ExitStatus::DoNotRerun.code() => ExitStatus::DoNotRerun,
+                _ => ExitStatus::Failed,
+            };
+            (status, Some(records.cause(failure)))
+        }
+        _ if history.forced => (ExitStatus::Failed, None),
+        // A signal that came too late for a step to stop at changes nothing: the run is done.
+        culprit if history.num_stopped > 0 || culprit.is_some() => (ExitStatus::Stopped, None),
+        _ => (ExitStatus::Done, None),
+    }
 }
 
 /// The first failure that can be the cause of the others. Where there is none, ranks gave up on one that lives: then the
 /// first that knows which, rather than one that lost a rank which had given up.
 fn culprit(failures: &[RankFailure]) -> Option<&RankFailure> {
-    let knows_who = |failure: &&RankFailure| !failure.absent.is_empty();
+    let knows_who = |failure: &&RankFailure| failure.absent().is_some();
     failures.iter().find(|failure| failure.is_primary()).or(failures.iter().find(knows_who)).or(failures.first())
-}
-
-/// The status of a failure that a new start may overcome.
-fn failed(checkpoint: Option<&Path>) -> ExitStatus {
-    if checkpoint.is_some() { ExitStatus::Stopped } else { ExitStatus::Failed }
-}
-
-/// The first failure: who, what, when, what to do; then what the rank itself has to say.
-fn report(failure: &RankFailure) -> Vec<String> {
-    let mut lines = Vec::new();
-    if let Some(absent) = failure.absent.iter().min_by_key(|rank| rank.order_of_suspicion()) {
-        let did = match absent.state {
-            Some('T') => "is suspended and did not come",
-            _ => "did not come",
-        };
-        let after = match absent.seq {
-            0 => "it has entered none yet".to_owned(),
-            seq => format!("its last one was number {seq}, {} for {:?}", absent.op, absent.unit),
-        };
-        lines.push(format!(
-            "{} {did} to a collective{}; {after}",
-            who(absent.rank, &absent.host, Some(absent.pid)),
-            when(Some(absent.step))
-        ));
-    }
-    let when = when(failure.step);
-    let who = who(failure.rank, &failure.host, failure.pid);
-    match &failure.record {
-        Some(record) => {
-            let what = if record.kind == ErrorKind::Panic { "panicked" } else { "failed" };
-            lines.push(format!("{who} {what}{when}: {}", record.message));
-            lines.extend(record.unit.iter().map(|unit| format!("  in unit {unit}")));
-            lines.extend(record.causes.iter().map(|cause| format!("  caused by: {cause}")));
-        }
-        None => lines.push(format!("{who} {}{when}; {}", failure.end, hint(failure))),
-    }
-    if !failure.last_lines.is_empty() {
-        lines.push(format!("  the last lines of rank {}:", failure.rank));
-        lines.extend(failure.last_lines.iter().map(|line| format!("  | {line}")));
-    }
-    lines
-}
-
-fn who(rank: usize, host: &str, pid: Option<i32>) -> String {
-    match pid {
-        Some(pid) => format!("rank {rank} (host {host}, pid {pid})"),
-        None => format!("rank {rank} (host {host})"),
-    }
-}
-
-fn when(step: Option<u64>) -> String {
-    match step {
-        None => String::new(),
-        Some(0) => " before the first step".to_owned(),
-        Some(step) => format!(" at step {step}"),
-    }
-}
-
-/// What to do about an end of which only the status is known.
-fn hint(failure: &RankFailure) -> String {
-    let log = format!("see logs/rank-{}.log in the output folder", failure.rank);
-    match failure.end {
-        End::Killed(SIGKILL) => {
-            "if nobody killed it, the machine ran out of memory (see dmesg): lower micro_batch_size or seq_len"
-                .to_owned()
-        }
-        End::Killed(SIGSEGV | SIGABRT | SIGBUS | SIGILL | SIGFPE) => {
-            format!("it crashed in native code: {log}")
-        }
-        End::Killed(_) => format!("something outside of this run sent the signal: {log}"),
-        End::Exited(_) => log,
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use fsdp_control::error_file::ErrorRecord;
+    use fsdp_control::error_file::{ErrorKind, ErrorRecord};
+    use fsdp_control::progress::Phase;
+    use signal_hook::consts::SIGKILL;
 
     use super::*;
-    use crate::history::AbsentRank;
+    use crate::history::{At, RankPlace};
     use crate::link::Farewell;
+    use crate::oom::OomKill;
+
+    fn at(step: u64, seq: u64, unit: &str, waits: bool) -> At {
+        let (op, unit) = ("all_gather".to_owned(), unit.to_owned());
+        At { step, phase: Phase::ForwardBackward, seq, op, unit, num_bytes: 3 << 19, waits }
+    }
 
     fn failure(rank: usize, end: End, kind: Option<ErrorKind>) -> RankFailure {
-        let record = kind.map(|kind| ErrorRecord::new(rank, rank, kind, "message".to_owned(), ExitStatus::Failed));
-        let (host, pid) = ("h".to_owned(), Some(100 + rank as i32));
-        RankFailure { rank, host, pid, end, step: Some(7), seq: 42, record, last_lines: vec![], absent: vec![] }
+        let record = kind.map(|kind| {
+            let mut record = ErrorRecord::new(rank, rank, kind, "message".to_owned(), ExitStatus::Failed);
+            (record.host, record.pid, record.step) = ("h".to_owned(), 100 + rank as u32, 7);
+            record
+        });
+        RankFailure {
+            rank,
+            local_rank: rank,
+            host: "h".to_owned(),
+            pid: Some(100 + rank as i32),
+            end,
+            step: Some(7),
+            at: Some(at(7, 42, "layers.3", true)),
+            record,
+            last_lines: vec![],
+            peak_rss_bytes: Some(5 << 28),
+            oom: None,
+            others: vec![],
+        }
+    }
+
+    fn place(rank: usize, at: At, state: Option<char>) -> RankPlace {
+        RankPlace { rank, host: "h".to_owned(), pid: 100 + rank as i32, at, state }
     }
 
     fn after(failures: Vec<RankFailure>) -> History {
@@ -165,6 +155,11 @@ mod tests {
     }
 
     const CHECKPOINT: &str = "out/checkpoints/step-00000005";
+
+    fn judged(history: &History, has_checkpoint: bool) -> Verdict {
+        let (log_dir, dir) = (Path::new("/nonexistent/logs"), Path::new("/nonexistent"));
+        verdict(history, &Records::new(log_dir, dir, "run", 2), has_checkpoint.then_some(Path::new(CHECKPOINT)), true)
+    }
 
     #[test]
     fn statuses_follow_the_first_primary_failure() {
@@ -181,8 +176,8 @@ mod tests {
             ("later failures", vec![failure(1, kill, None), failure(0, End::Exited(2), None)], 75, 1),
         ] {
             let history = after(failures);
-            assert_eq!(verdict(&history, Some(Path::new(CHECKPOINT)), true).0.code(), with, "{name}");
-            assert_eq!(verdict(&history, None, true).0.code(), without, "{name}");
+            assert_eq!(judged(&history, true).status.code(), with, "{name}");
+            assert_eq!(judged(&history, false).status.code(), without, "{name}");
         }
     }
 
@@ -206,8 +201,10 @@ mod tests {
             (forced, 75, 1),
             (victims, 75, 75),
         ] {
-            assert_eq!(verdict(&history, Some(Path::new(CHECKPOINT)), true).0.code(), with, "{history:?}");
-            assert_eq!(verdict(&history, None, true).0.code(), without, "{history:?}");
+            for (has_checkpoint, status) in [(true, with), (false, without)] {
+                let verdict = judged(&history, has_checkpoint);
+                assert_eq!((verdict.status.code(), verdict.cause.is_none()), (status, true), "{history:?}");
+            }
         }
     }
 
@@ -218,7 +215,7 @@ mod tests {
         first.last_lines = vec!["one".to_owned(), "two".to_owned()];
         let history = after(vec![failure(0, End::Exited(1), Some(ErrorKind::PeerLost)), first]);
         assert_eq!(
-            verdict(&history, Some(Path::new(CHECKPOINT)), true).1,
+            judged(&history, true).lines(),
             [
                 "fsdp-launch: rank 1 (host h, pid 101) failed at step 7: message",
                 "  caused by: disk full",
@@ -231,29 +228,91 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_names_the_rank_that_did_not_come() {
-        let mut victim = failure(0, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
-        let suspended = AbsentRank {
-            rank: 3,
-            host: "h".to_owned(),
-            pid: 103,
-            step: 6,
-            seq: 41,
-            op: "all_gather".to_owned(),
-            unit: "layers.2".to_owned(),
-            waits: false,
-            state: Some('T'),
-        };
-        // Rank 2 was behind too, but because it waits itself.
-        let waits = AbsentRank { rank: 2, seq: 42, waits: true, state: Some('S'), ..suspended.clone() };
-        victim.absent = vec![waits, suspended];
-        let of_the_victim = failure(1, End::Exited(1), Some(ErrorKind::PeerLost));
-        let (_, lines) = verdict(&after(vec![of_the_victim, victim]), None, true);
+    fn ends_without_a_word_are_described_by_the_launcher() {
+        let mut killed = failure(1, End::Killed(SIGKILL), None);
+        for (oom, limit, says) in [
+            (false, None, "was killed by SIGKILL at step 7; if nobody killed it, the machine ran out of memory"),
+            (
+                true,
+                Some(1 << 30),
+                "was killed by the OOM killer (RSS 1.2 GiB of limit 1.0 GiB) at step 7; lower [training]",
+            ),
+            (true, None, "was killed by the OOM killer (RSS 1.2 GiB of all memory) at step 7; lower [training]"),
+        ] {
+            killed.oom = oom.then_some(OomKill { limit_bytes: limit });
+            let verdict = judged(&after(vec![killed.clone()]), false);
+            let start = format!("fsdp-launch: rank 1 (host h, pid 101) {says}");
+            assert!(verdict.lines()[0].starts_with(&start), "{:?}", verdict.lines());
+            let record = verdict.cause.unwrap().record.unwrap();
+            let kind = if oom { ErrorKind::OutOfMemory } else { ErrorKind::Signal };
+            assert_eq!((record.kind, record.signal, record.peak_rss_bytes), (kind, Some(9), Some(5 << 28)));
+            assert_eq!((record.run_id.as_deref(), record.attempt, record.retryable), (Some("run"), 2, true));
+            assert_eq!((record.phase, record.hint.is_some()), (Some(Phase::ForwardBackward), true));
+        }
+        let exited = judged(&after(vec![failure(2, End::Exited(3), None)]), false);
         assert_eq!(
-            lines[0],
-            "fsdp-launch: rank 3 (host h, pid 103) is suspended and did not come to a collective at step 6; its last one \
-             was number 41, all_gather for \"layers.2\""
+            exited.lines()[0],
+            "fsdp-launch: rank 2 (host h, pid 102) exited with status 3 at step 7; see logs/rank-2.log in the output folder"
         );
+        assert_eq!(exited.cause.unwrap().record.unwrap().exit_status, 3);
+    }
+
+    #[test]
+    fn a_timeout_names_the_rank_that_did_not_come_and_who_waits() {
+        for (state, says) in [
+            ('T', "it is suspended"),
+            ('D', "the kernel holds it, as where a disk or a file system does not answer"),
+            ('R', "it is busy (phase forward_backward)"),
+        ] {
+            let mut victim = failure(0, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
+            // Rank 2 is behind too, but because it waits itself. Ranks 4 and 5 wait where rank 0 does; 5 has given up.
+            victim.others = vec![
+                place(2, at(7, 41, "layers.2", true), Some('S')),
+                place(3, at(6, 41, "layers.2", false), Some(state)),
+                place(4, at(7, 42, "layers.3", true), Some('S')),
+                place(5, at(7, 42, "layers.3", true), None),
+            ];
+            let of_the_victim = failure(1, End::Exited(1), Some(ErrorKind::PeerLost));
+            let history = after(vec![of_the_victim, victim]);
+            assert!(history.is_hang());
+            let verdict = judged(&history, false);
+            assert_eq!(
+                verdict.lines()[..3],
+                [
+                    format!(
+                        "fsdp-launch: rank 3 (host h, pid 103) did not come to all_gather number 42 for layers.3 (1.5 MiB) at \
+                         step 6; {says}; its last collective was all_gather number 41 for layers.2 (1.5 MiB)"
+                    ),
+                    "  ranks 0, 4, 5 wait in all_gather number 42 for layers.3 (1.5 MiB)".to_owned(),
+                    "  rank 0 (host h, pid 100) gave up: message".to_owned(),
+                ]
+            );
+            let record = verdict.cause.unwrap().record.unwrap();
+            assert_eq!((record.rank, record.kind, record.step), (3, ErrorKind::Hang, 6));
+            let collective = record.collective.unwrap();
+            assert_eq!((collective.seq, collective.num_bytes, &*collective.unit), (42, 3 << 19, "layers.3"));
+            assert_eq!((collective.entered, collective.missing), (vec![0, 4, 5], vec![2, 3]));
+        }
+    }
+
+    /// Where all but one are in the same collective, that one has left the path.
+    #[test]
+    fn of_different_collectives_the_odd_one_is_named() {
+        let others = |odd: usize| {
+            let unit = |rank| if rank == odd { "layers.4" } else { "layers.3" };
+            (0..4).filter(|&rank| rank != 1).map(|rank| place(rank, at(7, 42, unit(rank), true), Some('S'))).collect()
+        };
+        for (places, expected) in [(others(2), 2), (others(1), 1), (vec![], 1)] {
+            let mut failure = failure(1, End::Exited(1), Some(ErrorKind::CollectiveMismatch));
+            failure.others = places;
+            let lines = judged(&after(vec![failure]), false).lines();
+            let start = format!("fsdp-launch: rank {expected} (host h, pid 10{expected}) failed at step 7: message");
+            assert_eq!(lines[0], start);
+        }
+        // Of two, neither is.
+        let mut failure = failure(1, End::Exited(1), Some(ErrorKind::CollectiveMismatch));
+        failure.others = vec![place(0, at(7, 42, "layers.4", true), Some('S'))];
+        assert!(judged(&after(vec![failure]), false).lines()[0].contains("rank 1 ("));
     }
 
     /// Whether the node was lost first is known when it is noted; what came after it is its consequence.
@@ -264,15 +323,16 @@ mod tests {
         let mut history = after(vec![failure(0, End::Exited(1), Some(ErrorKind::PeerLost))]);
         history.add_fault(lost());
         history.failures.push(failure(1, End::Exited(2), None));
-        for (checkpoint, status) in [(Some(Path::new(CHECKPOINT)), 75), (None, 1)] {
-            let (ended, lines) = verdict(&history, checkpoint, true);
-            assert_eq!(ended.code(), status);
+        for (has_checkpoint, status) in [(true, 75), (false, 1)] {
+            let verdict = judged(&history, has_checkpoint);
+            assert_eq!(verdict.status.code(), status);
+            let lines = verdict.lines();
             assert_eq!(lines[0], "fsdp-launch: node 1 (host b, ranks 2-3) is lost: it is gone");
             assert_eq!(lines.len(), 2, "{lines:?}");
         }
         let mut history = after(vec![failure(1, End::Killed(SIGKILL), None)]);
         history.add_fault(lost());
-        let (_, lines) = verdict(&history, None, true);
+        let lines = judged(&history, false).lines();
         assert!(
             lines[0].starts_with("fsdp-launch: rank 1 (host h, pid 101) was killed by SIGKILL at step 7"),
             "{lines:?}"
@@ -282,7 +342,8 @@ mod tests {
     #[test]
     fn a_run_that_never_resumes_is_told_how_to() {
         let history = after(vec![failure(1, End::Killed(SIGKILL), None)]);
-        let (_, lines) = verdict(&history, Some(Path::new(CHECKPOINT)), false);
+        let records = Records::new(Path::new("/nonexistent/logs"), Path::new("/nonexistent"), "run", 0);
+        let lines = verdict(&history, &records, Some(Path::new(CHECKPOINT)), false).lines();
         assert!(lines.last().unwrap().contains("--set checkpoint.resume=auto"), "{lines:?}");
     }
 }

@@ -1,7 +1,11 @@
 //! The worker's binary: where it is, and what it was built with.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::failure::Failure;
 
@@ -20,6 +24,23 @@ pub fn find() -> Result<PathBuf, Failure> {
             "{}: expected the worker's binary beside fsdp-launch, got: {error}; build both with cargo build --release",
             worker.display()
         ))),
+    }
+}
+
+/// A digest of the binary: the same on all nodes, or they do not compute the same.
+///
+/// # Errors
+/// It cannot be read.
+pub fn digest(worker: &Path) -> Result<String, Failure> {
+    let failed = |error| Failure::failed(format!("cannot read {}: {error}", worker.display()));
+    let mut file = File::open(worker).map_err(failed)?;
+    let mut digest = Xxh3::new();
+    let mut bytes = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut bytes).map_err(failed)? {
+            0 => return Ok(format!("{:032x}", digest.digest128())),
+            num => digest.update(&bytes[..num]),
+        }
     }
 }
 

@@ -101,8 +101,15 @@ fn a_rank_that_does_not_come_is_named_whichever_node_it_is_on() {
         let job = Job::new(1000);
         let script = format!("{culprit} 3 hang");
         let ended = end_both(start_both(&job, [1, 2], &script, &["--set", "fsdp.timeout_secs=1"]));
-        assert_same_end(&ended, 1, &["did not come to a collective at step 3"]);
-        assert_eq!(named(&ended[0].stderr).first().map(String::as_str), Some(culprit), "{ended:?}");
+        let waiting = if culprit == "0" { "1, 2" } else { "0, 1" };
+        let waits = format!("\n  ranks {waiting} wait in all_reduce number 3 for layers.0 (1.0 MiB)\n");
+        assert_same_end(
+            &ended,
+            1,
+            &[") did not come to all_reduce number 3 for layers.0 (1.0 MiB) at step 3; ", &waits],
+        );
+        assert_eq!(named(&ended[0].stderr), [culprit], "{ended:?}");
+        assert!(ended[0].took < Duration::from_secs(4), "{ended:?}");
         job.assert_no_survivors(Duration::ZERO);
     }
 }
@@ -158,10 +165,20 @@ fn a_suspended_launcher_is_waited_for() {
     job.wait_for_ranks(2);
     send(children[1].id(), Signal::STOP);
     std::thread::sleep(Duration::from_secs(7));
-    assert_eq!(job.survivors().len(), 4, "two launchers, two ranks");
+    assert_eq!(job.survivors().len(), 6, "two launchers with their guards, two ranks");
     send(children[1].id(), Signal::CONT);
     send(children[0].id(), Signal::TERM);
     assert_same_end(&end_both(children), 75, &["stopped; "]);
+}
+
+/// Makes a file of its own of what may be shared with other jobs, one byte longer.
+fn append(job: &Job, name: &str) {
+    let mut bytes = std::fs::read(job.path(name)).unwrap();
+    bytes.push(0);
+    std::fs::remove_file(job.path(name)).unwrap();
+    job.write(name, bytes);
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(job.path(name), executable).unwrap();
 }
 
 /// What differs between the nodes, and what is wrong on one only, ends both before any rank starts.
@@ -171,7 +188,9 @@ fn what_does_not_fit_is_refused_on_all_nodes() {
     #[rustfmt::skip]
     let cases: &[Case] = &[
         ("config", |_| {}, [&["--set", "training.seed=1"], &["--set", "training.seed=2"]],
-            &["[training] seed: expected 1 on node 1 (host ", "got 2"]),
+            &["[training] seed: expected 1 on node 1 (host ", "got 2 (digests of the configs: "]),
+        ("binary", |job| append(job, "bin/fsdp-train"), [&[], &[]],
+            &["fsdp-train: expected the binary with digest ", "node 1 (host ", "install the same on all"]),
         ("nodes", |_| {}, [&[], &["--nnodes", "3"]], &["--nnodes: expected 2 on node 1 (host ", "got 3"]),
         ("own files", |job| std::fs::remove_file(job.path("data.jsonl")).unwrap(), [&[], &[]],
             &["node 1 (host ", "data.jsonl", "No such file"]),
@@ -290,7 +309,16 @@ fn a_signal_to_a_node_that_waits_ends_the_others_that_wait() {
         command.args(["--master-port", &port, "--backend", "shm", "job.toml"]).spawn().unwrap()
     };
     let children = [start("0"), start("2")];
-    std::thread::sleep(Duration::from_millis(500));
+    // The head's end of the connection: local port, then the remote one, then the state.
+    let is_connected = |table: String| {
+        table
+            .lines()
+            .any(|line| line.contains(&format!(":{:04X} ", port.parse::<u16>().unwrap())) && line.contains(" 01 "))
+    };
+    while !is_connected(std::fs::read_to_string("/proc/net/tcp").unwrap()) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(300));
     send(children[1].id(), Signal::TERM);
     let ended = end_both(children);
     assert_eq!((ended[0].status, ended[1].status), (75, 75), "{ended:?}");

@@ -59,6 +59,7 @@ fn ranks_get_their_place_threads_and_a_process_group_of_their_own() {
 fn the_first_failure_is_named_over_repeated_kills() {
     let job = Job::new(1000);
     for round in 0..24 {
+        let _ = std::fs::remove_dir_all(job.path("out"));
         let (culprit, step) = (round % 4, 1 + round % 5);
         let (action, says) = [
             ("signal=9", "was killed by SIGKILL"),
@@ -120,13 +121,33 @@ fn a_failed_ranks_status_and_last_lines_come_through() {
 
 #[test]
 fn a_rank_that_does_not_come_is_named_by_the_timeout_of_the_others() {
-    for (script, says) in [("2 3 signal=19", "is suspended and did not come"), ("2 3 hang", "did not come")] {
+    for (script, says) in [
+        ("2 3 signal=19", "it is suspended"),
+        ("2 3 hang", "it is busy (phase forward_backward)"),
+        ("2 3 spin", "it is busy (phase forward_backward)"),
+    ] {
         let job = Job::new(100);
         let ended = job.run(3, script, &["--set", "fsdp.timeout_secs=1"]);
-        assert_eq!(ended.status, 1, "{ended:?}");
-        assert_eq!(named(&ended.stderr).first().map(String::as_str), Some("2"), "{ended:?}");
-        assert!(ended.stderr.contains(says) && ended.stderr.contains("step 3"), "{ended:?}");
+        assert_eq!((ended.status, named(&ended.stderr)), (1, vec!["2".to_owned()]), "{ended:?}");
+        let (host, started) = (fsdp_control::host_name(), job.read("out/started-2"));
+        let pid = started.strip_prefix("pid=").unwrap().split(' ').next().unwrap();
+        for line in [
+            &format!(
+                "fsdp-launch: rank 2 (host {host}, pid {pid}) did not come to all_reduce number 3 for layers.0 (1.0 MiB) at \
+                 step 3; {says}; its last collective was all_reduce number 2 for layers.0 (1.0 MiB)\n"
+            ),
+            "\n  ranks 0, 1 wait in all_reduce number 3 for layers.0 (1.0 MiB)\n",
+        ] {
+            assert!(ended.stderr.contains(line), "{line} is not in {ended:?}");
+        }
+        // Within the timeout and 2 s, the start of the run included.
+        assert!(ended.took < Duration::from_secs(3), "{ended:?}");
         job.assert_no_survivors(Duration::ZERO);
+        let record = job.read("out/logs/error-rank-2.json");
+        assert!(
+            record.contains("\"kind\": \"hang\"") && record.contains("\"phase\": \"forward_backward\""),
+            "{record}"
+        );
     }
 }
 
@@ -175,7 +196,7 @@ fn a_run_under_nohup_goes_on_after_its_terminal_is_gone() {
     job.wait_for_ranks(2);
     send(child.id(), Signal::HUP);
     std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(job.survivors().len(), 3, "launcher and ranks");
+    assert_eq!(job.survivors().len(), 4, "launcher, guard and ranks");
     send(child.id(), Signal::TERM);
     assert_eq!(end(child).status, 75);
 }
@@ -213,14 +234,18 @@ fn a_suspended_rank_is_killed_at_once_when_another_fails() {
     job.assert_no_survivors(Duration::ZERO);
 }
 
+/// Nor anything that ranks have started, in whatever group, and whoever is suspended.
 #[test]
-fn a_killed_launcher_leaves_no_rank() {
-    for round in 0..5 {
+fn a_killed_launcher_leaves_no_process() {
+    for (round, script) in
+        ["3 2 hang", "1 1 child;3 2 escape", "* 1 escape;3 2 signal=19"].iter().cycle().take(6).enumerate()
+    {
         let job = Job::new(1_000_000);
-        let mut child = job.start(4, "3 2 hang", &[]);
+        let mut child = job.start(4, script, &[]);
         job.wait_for("out/acted-3-2");
-        std::thread::sleep(Duration::from_millis(round * 11));
-        assert!(job.survivors().len() >= 5, "four ranks and the launcher");
+        std::thread::sleep(Duration::from_millis(round as u64 * 11));
+        let num_alive = job.survivors().len();
+        assert!(num_alive >= 6, "four ranks, the launcher and its guard: {num_alive}");
         child.kill().unwrap();
         child.wait().unwrap();
         job.assert_no_survivors(Duration::from_secs(2));
@@ -263,18 +288,27 @@ fn signals_make_the_ranks_save_and_exit_75_however_often_they_come() {
 
 #[test]
 fn a_signal_to_one_rank_or_to_all_processes_stops_the_run_as_well() {
-    for to_all in [false, true] {
+    let signals = [Signal::TERM, Signal::INT, Signal::USR1, Signal::USR2];
+    for (signal, to_all, is_repeated) in
+        signals.iter().flat_map(|&s| [(s, false, false), (s, false, true), (s, true, false), (s, true, true)])
+    {
         let job = Job::new(1_000_000);
         let child = job.start(3, "", &[]);
-        let pids = job.wait_for_ranks(3);
-        if to_all {
-            pids.iter().for_each(|&pid| send(pid as u32, Signal::TERM));
-            send(child.id(), Signal::TERM);
-        } else {
-            send(pids[1] as u32, Signal::USR1);
+        let pids: Vec<i32> = job.wait_for_ranks(3);
+        let guard = job.survivors().into_iter().filter(|pid| *pid != child.id() as i32 && !pids.contains(pid));
+        // As a scheduler does it: whoever belongs to the job.
+        let all: Vec<i32> = guard.chain(pids.iter().copied()).chain([child.id() as i32]).collect();
+        let to = if to_all { &all[..] } else { &pids[1..2] };
+        for _ in 0..1 + usize::from(is_repeated) {
+            for &pid in to {
+                // It may have ended before the second one.
+                let _ = kill_process(Pid::from_raw(pid).unwrap(), signal);
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
         let ended = end(child);
-        assert_eq!((ended.status, job.checkpoints().len()), (75, 1), "{ended:?}");
+        assert_eq!((ended.status, job.checkpoints().len()), (75, 1), "{signal:?} {to_all} {is_repeated}: {ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
     }
 }
 
@@ -400,7 +434,10 @@ fn a_port_in_use_is_named_and_no_rank_starts() {
     let port = listener.local_addr().unwrap().port().to_string();
     let ended = job.run(2, "", &["--master-port", &port]);
     assert_eq!(ended.status, 2, "{ended:?}");
-    assert!(ended.stderr.contains(&format!("port {port}")) && ended.stderr.contains("in use"), "{ended:?}");
+    let holder = format!("(pid {})", std::process::id());
+    for part in [&format!("port {port}"), "in use by ", &holder] {
+        assert!(ended.stderr.contains(part), "{part} is not in {ended:?}");
+    }
     assert!(ended.took < Duration::from_secs(2), "{ended:?}");
     assert_eq!(job.num_ranks_started(), 0);
     drop(listener);

@@ -163,6 +163,11 @@ impl Job {
         (0..16).filter(|rank| self.path(&format!("out/started-{rank}")).exists()).count()
     }
 
+    /// What the launcher says of the run at its end.
+    pub fn summary(&self) -> serde_json::Value {
+        serde_json::from_str(&self.read("out/logs/summary.json")).unwrap()
+    }
+
     /// Names of the committed checkpoints.
     pub fn checkpoints(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.path("out/checkpoints")).into_iter().flatten().flatten();

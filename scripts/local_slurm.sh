@@ -7,11 +7,11 @@
 #   scripts/local_slurm.sh stop
 #
 # Everything is in one folder (FSDP_LOCAL_SLURM, default /tmp/fsdp-local-slurm), but for two names in /etc/hosts, so that
-# ranks find "n1". CPUS_PER_NODE sets how many tasks a node takes (default 4); the cores are shared all the same.
+# ranks find "n1". CPUS_PER_NODE sets how many tasks a node takes (default 8); the cores are shared all the same.
 set -euo pipefail
 
 dir=${FSDP_LOCAL_SLURM:-/tmp/fsdp-local-slurm}
-cpus=${CPUS_PER_NODE:-4}
+cpus=${CPUS_PER_NODE:-8}
 host=$(hostname -s)
 export SLURM_CONF=$dir/slurm.conf
 
@@ -90,14 +90,15 @@ start() {
 echo "export OMPI_MCA_btl_vader_backing_directory=$dir/tmp-\$SLURMD_NODENAME"
 PROLOG
     chmod 755 "$dir/task_prolog"
-    # TmpFS: the PMIx plugin makes a folder there for each step, and both nodes are one machine.
+    # TmpFS: the PMIx plugin makes a folder there for each step, and both nodes are one machine. cred_expire: a requeued
+    # job waits so long before it starts again, 120 s by default.
     cat > "$SLURM_CONF" <<CONF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=16817
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$dir/munge/socket
+AuthInfo=socket=$dir/munge/socket,cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation=$dir/state

@@ -1,0 +1,312 @@
+//! What SLURM does to jobs, on a real one of two nodes, with the batch files of `scripts/slurm/` as they are.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use fsdp_tests_behaviour::job::{Job, built};
+use fsdp_tests_behaviour::slurm::{Cluster, Submitted, batch_file};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::tally::{Tally, Times};
+
+const NUM_RANKS: usize = 4;
+
+/// With [`SLOW`], more than SLURM needs to notice that a job is at its time limit.
+const SETTINGS: &[&str] =
+    &["--set=training.steps=1000", "--set=precision.param=fp32", "--set=checkpoint.every_steps=20"];
+/// Both nodes are one machine, so shared memory reaches both.
+const SHM: &[&str] = &["--set=fsdp.backend=shm"];
+
+/// Until something happens, a step takes so long: not to have the cores busy until then.
+const SLOW: &str = "rank=*,step=1,do=slow=100";
+
+/// No process is left so long after the end.
+const SURVIVAL: Duration = Duration::from_secs(5);
+/// The ranks of the other node have ended so long after a node is lost.
+const LOST: Duration = Duration::from_secs(10);
+
+/// How ranks are started.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Style {
+    OneTaskPerNode,
+    OneTaskPerGpu,
+    Mpi,
+    /// Three tasks on one node and one on the other, by a script of one line that requeues nothing.
+    Uneven,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Event {
+    /// `scancel`: SIGTERM to all processes.
+    Cancel,
+    /// `scancel --signal=USR1`: to all tasks.
+    Signal,
+    /// `--signal=USR1@60`: the same, by SLURM itself, some time before the limit.
+    SignalAhead,
+    /// `--signal=B:USR1@60`: to the batch script.
+    SignalBatchAhead,
+    /// SIGTERM to all processes, twice.
+    TimeLimit,
+    /// `scontrol requeue`, as preemption does it.
+    Requeue,
+    /// SIGKILL to one rank.
+    KillRank,
+    /// SIGKILL to all tasks of the second node and to what watches them.
+    LoseNode,
+}
+
+/// Who has a job start again that ends with status 75.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum By {
+    Script,
+    /// `RequeueExit=75` in slurm.conf.
+    Conf,
+}
+
+/// The first few are quick and of every style.
+const CASES: &[(Style, Event, By)] = &[
+    (Style::OneTaskPerNode, Event::Cancel, By::Script),
+    (Style::OneTaskPerGpu, Event::Signal, By::Script),
+    (Style::OneTaskPerNode, Event::SignalBatchAhead, By::Script),
+    (Style::Uneven, Event::Signal, By::Conf),
+    (Style::OneTaskPerGpu, Event::KillRank, By::Script),
+    (Style::OneTaskPerNode, Event::LoseNode, By::Script),
+    (Style::Mpi, Event::SignalAhead, By::Script),
+    (Style::OneTaskPerGpu, Event::TimeLimit, By::Script),
+    (Style::OneTaskPerNode, Event::Requeue, By::Script),
+    (Style::OneTaskPerGpu, Event::LoseNode, By::Conf),
+    (Style::OneTaskPerGpu, Event::Cancel, By::Script),
+    (Style::OneTaskPerNode, Event::Signal, By::Conf),
+    (Style::OneTaskPerGpu, Event::SignalBatchAhead, By::Script),
+    (Style::OneTaskPerNode, Event::KillRank, By::Script),
+    (Style::Mpi, Event::KillRank, By::Script),
+    (Style::OneTaskPerNode, Event::TimeLimit, By::Script),
+    (Style::OneTaskPerGpu, Event::Requeue, By::Script),
+    (Style::Uneven, Event::LoseNode, By::Conf),
+    (Style::OneTaskPerNode, Event::SignalAhead, By::Script),
+    (Style::Mpi, Event::Cancel, By::Script),
+    (Style::OneTaskPerGpu, Event::SignalAhead, By::Conf),
+    (Style::Uneven, Event::TimeLimit, By::Conf),
+];
+
+/// What the jobs of a row have in common.
+struct Row {
+    cluster: Cluster,
+    /// Runs that nothing happened to: over shared memory, over MPI.
+    unbroken: [OnceLock<Job>; 2],
+    times: Times,
+}
+
+/// Row 9: each event, and each way to start ranks.
+pub fn of_jobs(tally: &mut Tally, n: usize) {
+    let cluster = match Cluster::start() {
+        Ok(cluster) => cluster,
+        Err(reason) => return tally.skip(reason),
+    };
+    let mut cases: Vec<_> = CASES.iter().cycle().take(n).copied().collect();
+    if let Err(reason) = cluster.has_mpi(&built("fsdp-train-faults")) {
+        cases.retain(|(style, ..)| *style != Style::Mpi);
+        tally.skip(reason);
+    }
+    let (by_script, by_conf): (Vec<_>, Vec<_>) = cases.iter().partition(|(.., by)| *by == By::Script);
+    let row = Row { cluster, unbroken: Default::default(), times: Times::default() };
+    // They mostly wait for SLURM.
+    tally.check_at_once(3, &by_script, |(style, event, _)| row.check(*style, *event));
+    if !by_conf.is_empty() {
+        let _conf = RequeueExit::set(&row.cluster);
+        tally.check_at_once(3, &by_conf, |(style, event, _)| row.check(*style, *event));
+    }
+    tally.note(format!("a lost node's peers ended after {}", row.times));
+}
+
+impl Row {
+    fn check(&self, style: Style, event: Event) {
+        let job = Job::new();
+        put_binaries(&job);
+        let submitted = self.submit(style, event, &job);
+        let is_ahead = matches!(event, Event::SignalAhead | Event::SignalBatchAhead);
+        if !is_ahead {
+            submitted.wait_until("step after a checkpoint", |_| job.steps().len() > 25);
+            self.strike(event, &job, &submitted);
+        }
+        match event {
+            Event::Cancel | Event::TimeLimit => {
+                let state = if event == Event::Cancel { "CANCELLED" } else { "TIMEOUT" };
+                assert_eq!(submitted.end().0, state, "{}", submitted.log());
+                submitted.wait_until("end of srun", |s| s.log().contains("xited with exit code 75"));
+            }
+            _ => submitted.wait_until("requeue", |s| s.field("Restarts") == "1"),
+        }
+        // What SLURM has asked to end it kills later than this.
+        job.assert_no_survivors(SURVIVAL);
+        let (num_steps, log) = (job.steps().len(), submitted.log());
+        match event {
+            // SLURM may tell the job before its first step.
+            _ if is_ahead && num_steps == 0 => {}
+            Event::KillRank | Event::LoseNode => {}
+            _ => {
+                assert!(log.contains("xited with exit code 75"), "{log}");
+                assert_eq!(job.checkpoints().pop(), Some(format!("step-{num_steps:08}")), "{log}");
+            }
+        }
+        if event == Event::KillRank && style == Style::OneTaskPerNode {
+            assert!(log.contains("xited with exit code 75"), "{log}");
+        }
+
+        // There is no reason to be slow any more.
+        std::fs::rename(job.path("bin/fast"), job.path("bin/fsdp-train")).expect("a folder of the test");
+        match event {
+            Event::Cancel | Event::TimeLimit => self.submit(style, Event::Signal, &job).finish(),
+            _ => submitted.finish(),
+        }
+        if num_steps > 0 {
+            assert!(job.read("log").contains("resuming after step"), "{}", job.read("log"));
+        }
+        job.assert_bits_of(self.unbroken(style));
+        job.assert_no_survivors(SURVIVAL);
+    }
+
+    fn submit<'a>(&'a self, style: Style, event: Event, job: &'a Job) -> Submitted<'a> {
+        let bin = job.path("bin").display().to_string();
+        // SLURM_WAIT: how long srun waits for a lost node's tasks.
+        let variables =
+            [("FSDP_BIN", bin.as_str()), ("FSDP_FAULT", SLOW), ("OMP_NUM_THREADS", "1"), ("SLURM_WAIT", "3")];
+        let mut args = match event {
+            Event::SignalAhead => vec!["--time=1", "--signal=USR1@60"],
+            Event::SignalBatchAhead => vec!["--time=1", "--signal=B:USR1@60"],
+            Event::TimeLimit => vec!["--time=1", "--signal=CONT@0"],
+            _ => vec!["--time=10"],
+        };
+        let backend = if style == Style::Mpi { &[][..] } else { SHM };
+        let (file, layout, first) = match style {
+            Style::OneTaskPerNode => ("one_task_per_node.sbatch", "--ntasks-per-node=1", "--nproc=2"),
+            Style::OneTaskPerGpu => ("one_task_per_gpu.sbatch", "--ntasks-per-node=2", ""),
+            Style::Mpi => ("mpi.sbatch", "--ntasks-per-node=2", ""),
+            Style::Uneven => {
+                let words = [&["job.toml"], SETTINGS, backend].concat().join(" ");
+                let wrap = format!(
+                    "--wrap=srun --distribution=block --kill-on-bad-exit=0 sh -c 'echo $SLURM_STEP_TASKS_PER_NODE; exec \
+                     {bin}/fsdp-train {words}'"
+                );
+                args.extend(["--ntasks=4", "--requeue", "--open-mode=append", &wrap]);
+                return self.cluster.submit(job, &variables, &args);
+            }
+        };
+        let file = batch_file(file).display().to_string();
+        args.extend([layout, "--gpus-per-node=0", &file]);
+        args.extend((!first.is_empty()).then_some(first));
+        args.extend([&["job.toml"], SETTINGS, backend].concat());
+        self.cluster.submit(job, &variables, &args)
+    }
+
+    fn strike(&self, event: Event, job: &Job, submitted: &Submitted<'_>) {
+        match event {
+            Event::Cancel => drop(self.cluster.command("scancel", &[&submitted.id])),
+            Event::Signal => drop(self.cluster.command("scancel", &["--signal=USR1", &submitted.id])),
+            Event::Requeue => drop(self.cluster.command("scontrol", &["requeue", &submitted.id])),
+            Event::KillRank => {
+                let mut ranks = processes(job);
+                ranks.retain(|process| process.name == "fsdp-train");
+                kill(fastrand::choice(&ranks).expect("ranks").pid);
+            }
+            Event::LoseNode => {
+                let on_node: Vec<Process> = processes(job).into_iter().filter(|process| process.node == "n2").collect();
+                assert!(!on_node.is_empty(), "nobody is on n2: {:?}", processes(job));
+                let is_watcher = |process: &&Process| name(process.parent) == "slurmstepd";
+                on_node.iter().filter(is_watcher).for_each(|process| kill(process.parent));
+                on_node.iter().for_each(|process| kill(process.pid));
+                let lost = Instant::now();
+                while !processes(job).is_empty() {
+                    assert!(lost.elapsed() < LOST, "{:?} are left after {LOST:?}", processes(job));
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                self.times.add(lost.elapsed());
+            }
+            Event::SignalAhead | Event::SignalBatchAhead | Event::TimeLimit => {}
+        }
+    }
+
+    fn unbroken(&self, style: Style) -> &Job {
+        let (index, backend) = if style == Style::Mpi { (1, "--backend=mpi") } else { (0, "--backend=shm") };
+        self.unbroken[index].get_or_init(|| {
+            let job = Job::new();
+            job.finish(NUM_RANKS, &[SETTINGS, &[backend]].concat());
+            job
+        })
+    }
+}
+
+/// `RequeueExit=75` in slurm.conf while this value lives.
+struct RequeueExit<'a> {
+    cluster: &'a Cluster,
+    before: String,
+}
+
+impl<'a> RequeueExit<'a> {
+    fn set(cluster: &'a Cluster) -> Self {
+        let before = std::fs::read_to_string(cluster.conf()).expect("a config");
+        std::fs::write(cluster.conf(), format!("{before}RequeueExit=75\n")).expect("a config that can be written");
+        cluster.command("scontrol", &["reconfigure"]);
+        RequeueExit { cluster, before }
+    }
+}
+
+impl Drop for RequeueExit<'_> {
+    fn drop(&mut self) {
+        std::fs::write(self.cluster.conf(), &self.before).expect("a config that can be written");
+        self.cluster.command("scontrol", &["reconfigure"]);
+    }
+}
+
+/// A launcher or a rank of a job.
+#[derive(Debug)]
+struct Process {
+    pid: i32,
+    parent: i32,
+    name: String,
+    /// SLURM's name of its node.
+    node: String,
+}
+
+/// The launchers and ranks of a job.
+fn processes(job: &Job) -> Vec<Process> {
+    let named = job.survivors().into_iter().map(|pid| (pid, name(pid)));
+    let ours = named.filter(|(_, name)| name == "fsdp-launch" || name == "fsdp-train");
+    ours.map(|(pid, name)| {
+        // A process that ends meanwhile has nothing to read.
+        let read = |file: &str| std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let (status, environ) = (read("status"), read("environ"));
+        let find = |bytes: &[u8], separator: u8, key: &str| {
+            let fields = bytes.split(|&byte| byte == separator).map(String::from_utf8_lossy);
+            let values = fields.filter_map(|field| Some(field.strip_prefix(key)?.trim().to_owned()));
+            values.last().unwrap_or_default()
+        };
+        let parent = find(&status, b'\n', "PPid:").parse().unwrap_or(0);
+        Process { pid, parent, name, node: find(&environ, 0, "SLURMD_NODENAME=") }
+    })
+    .collect()
+}
+
+/// A process's name; empty once it has ended.
+fn name(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
+}
+
+fn kill(pid: i32) {
+    // It may have ended: the lost node's ranks go with their launcher.
+    let _ = kill_process(Pid::from_raw(pid).expect("a process id"), Signal::KILL);
+}
+
+/// The programs in the job's folder: workers that do as `FSDP_FAULT` says, and `fast`, which do not.
+fn put_binaries(job: &Job) {
+    std::fs::create_dir(job.path("bin")).expect("a folder of the test");
+    let put = |from: &str, to: &str| {
+        let (from, to): (PathBuf, PathBuf) = (built(from), job.path("bin").join(to));
+        // The target folder may be on another file system.
+        std::fs::hard_link(&from, &to).or_else(|_| std::fs::copy(&from, &to).map(drop)).expect("a copy");
+    };
+    put("fsdp-launch", "fsdp-launch");
+    put("fsdp-train-faults", "fsdp-train");
+    put("fsdp-train", "fast");
+}

@@ -1,0 +1,93 @@
+//! Ranks that are slower than the others, and healthy ones that are not to be blamed.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use fsdp_tests_behaviour::job::{Ended, Job};
+use fsdp_tests_behaviour::processes::{send_if_alive, workers};
+use rustix::process::Signal;
+
+use crate::tally::Tally;
+
+/// The step at which a rank becomes slow, and steps until it must have been named.
+const SLOW_FROM: u64 = 20;
+const PATIENCE: u64 = 20;
+
+/// Steps of one window.
+const WINDOW: usize = 10;
+
+/// Of a slow rank's time, in milliseconds: it is stopped so long, and runs so long.
+const STOPPED: Duration = Duration::from_millis(25);
+const RUNS: Duration = Duration::from_millis(20);
+
+/// Row 6: a rank that takes twice as long for a step; then healthy runs, `n` of 50 windows each.
+pub fn of_ranks(tally: &mut Tally, n: usize) {
+    for i in 0..n {
+        let culprit = fastrand::usize(0..3);
+        match i % 2 {
+            0 => tally.check(format_args!("rank {culprit} sleeps"), || sleeps(culprit)),
+            _ => tally.check(format_args!("rank {culprit} is stopped and continued"), || pauses(culprit)),
+        }
+    }
+    let num_windows = n * 50;
+    tally.check(format_args!("{num_windows} healthy windows"), || healthy(num_windows));
+    tally.note(format!("{num_windows} healthy windows"));
+}
+
+fn warnings(ended: &Ended) -> Vec<&str> {
+    ended.stderr.lines().filter(|line| line.contains(" is slow: ")).collect()
+}
+
+#[track_caller]
+fn assert_warned(ended: &Ended, culprit: usize) {
+    let warnings = warnings(ended);
+    assert_eq!(ended.status, 0, "{ended:?}");
+    assert!(!warnings.is_empty(), "no warning in {ended:?}");
+    for line in warnings {
+        assert!(line.contains(&format!("rank {culprit} is slow: ")), "{line}");
+        assert!(line.contains("(compute)"), "{line}");
+        let ratio = line.split("is slow: ").nth(1).and_then(|rest| rest.split(" x ").next()).unwrap_or_default();
+        let ratio: f64 = ratio.parse().unwrap_or_else(|e| panic!("{line}: {e}"));
+        assert!((1.5..4.0).contains(&ratio), "{line}");
+    }
+}
+
+/// A step's computing is a sleep for all ranks, and a longer one for the culprit: other programs do not disturb it.
+fn sleeps(culprit: usize) {
+    let job = Job::new();
+    let steps = format!("training.steps={}", SLOW_FROM + PATIENCE);
+    let fault = format!("rank=*,step=1,do=slow=20;rank={culprit},step={SLOW_FROM},do=slow=22");
+    let ended = job.spawn(job.faulty_command(3, &["--set", &steps], &fault)).wait();
+    assert_warned(&ended, culprit);
+}
+
+/// The culprit is stopped more than half of the time from some step on.
+fn pauses(culprit: usize) {
+    let job = Job::new();
+    let steps = format!("training.steps={}", SLOW_FROM + PATIENCE);
+    let mut running = job.spawn(job.faulty_command(3, &["--set", &steps], "rank=*,step=1,do=slow=15"));
+    running.wait_for_step(SLOW_FROM);
+    let pid = workers(&job.resolved_config())[culprit].pid;
+    let is_over = AtomicBool::new(false);
+    let ended = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                send_if_alive(pid, Signal::STOP);
+                std::thread::sleep(STOPPED);
+                send_if_alive(pid, Signal::CONT);
+                std::thread::sleep(RUNS);
+            }
+        });
+        let ended = running.wait();
+        is_over.store(true, Ordering::Relaxed);
+        ended
+    });
+    assert_warned(&ended, culprit);
+}
+
+/// No rank is slow: that a busy machine delays one now and then is no reason to warn.
+fn healthy(num_windows: usize) {
+    let job = Job::new();
+    let ended = job.finish(2, &["--set", &format!("training.steps={}", num_windows * WINDOW)]);
+    assert_eq!(warnings(&ended), Vec::<&str>::new());
+}

@@ -49,6 +49,9 @@ const MAX_HEADS: usize = 1 << 12;
 const MAX_POSITIONS: usize = 1 << 31;
 const MAX_PARAMS: usize = 1 << 40;
 
+/// Of `config.json`. In memory a value takes tens of times the bytes of its text.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
 /// How rotary frequencies are changed for longer contexts (transformers `modeling_rope_utils.py`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
@@ -110,7 +113,7 @@ impl Architecture {
     /// Reads `config.json` at `path` (a file, or the model folder that holds it).
     pub fn from_config_json(path: &Path) -> Result<Self, PlanError> {
         let path = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
-        let text = std::fs::read_to_string(&path).map_err(|source| PlanError::Read { path: path.clone(), source })?;
+        let text = read_text(&path).map_err(|source| PlanError::Read { path: path.clone(), source })?;
         Self::parse(&path, &text)
     }
 
@@ -190,6 +193,18 @@ impl Architecture {
         }
         Ok(arch)
     }
+}
+
+/// The text of a file of a model folder. A pipe would block for ever, and of no file but a small one can the values be held.
+fn read_text(path: &Path) -> std::io::Result<String> {
+    let metadata = std::fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Err(std::io::Error::other("not a regular file"));
+    }
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err(std::io::Error::other(format!("{} bytes, at most {MAX_FILE_BYTES} expected", metadata.len())));
+    }
+    std::fs::read_to_string(path)
 }
 
 /// So much of a value that a message stays one line.

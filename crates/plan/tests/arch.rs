@@ -352,6 +352,7 @@ fn unreadable_files_are_named() {
         (b"{\"vocab_size\": 1e999}", "number out of range"),
         (b"\xff\xfe{}", "cannot be read"),
         (&b"[".repeat(100_000)[..], "not valid JSON"),
+        (&b" ".repeat((1 << 20) + 1)[..], "1048577 bytes, at most 1048576 expected"),
     ] {
         std::fs::write(&file, bytes).unwrap();
         expect(message(&file), says);
@@ -359,5 +360,9 @@ fn unreadable_files_are_named() {
     }
     std::fs::write(&file, llama_3_1_8b().to_string()).unwrap();
     assert_eq!(Architecture::from_config_json(&folder).unwrap(), parse(&llama_3_1_8b()).unwrap());
+    // It would never end, as a pipe would never begin.
+    std::fs::remove_file(&file).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", &file).unwrap();
+    expect(message(&file), "not a regular file");
     std::fs::remove_dir_all(&folder).unwrap();
 }

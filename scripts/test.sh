@@ -26,10 +26,15 @@ fi
 { [ "$(id -u)" = 0 ] && command -v ip >/dev/null; } ||
     say "the test with network namespaces is skipped: not root, or no ip (apt-get install iproute2)"
 
+command -v strace >/dev/null ||
+    say "faults in system calls are skipped: no strace (apt-get install strace)"
+
 # One profile for all: libtorch's bindings take minutes to compile.
 say "format";  cargo fmt --all --check
 say "quickstart"; scripts/quickstart.sh
 say "build";   cargo build --release --locked "${features[@]}"
+# The worker with faults that the fault laboratory asks for.
+cargo build --release --locked -p fsdp-train --bin fsdp-train-faults "${features[@]}" --features fsdp-train/faults
 say "lints";   cargo clippy --release --locked --workspace --all-targets "${features[@]}" -- -D warnings
 say "docs";    RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps --quiet
 say "tests";   cargo test --release --locked --workspace "${features[@]}"

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use fsdp_config::{Duration as Length, JobConfig, Resume};
 use fsdp_control::env::WorkerEnv;
-use fsdp_control::error_file::{self, ErrorKind, ErrorRecord};
+use fsdp_control::error_file::{self, Collective, ErrorKind, ErrorRecord};
 use fsdp_control::lifeline::StoreLifeline;
 use fsdp_control::progress::{Op, Phase, Progress, ProgressHandle};
 use fsdp_control::stop::StopFlag;
@@ -190,6 +190,8 @@ impl Worker {
             progress.enter(Op::AllReduce, self.step, "layers.0", 1 << 20);
         }
         self.add(&sum, value);
+        let rank = |rank: usize| format!("{arrived}-{rank}");
+        self.add(&rank(self.env.rank), 1);
         self.add(&arrived, 1);
         let start = Instant::now();
         while self.add(&arrived, 0) < self.env.world_size as i64 {
@@ -200,7 +202,13 @@ impl Worker {
                 }
             }
             if start.elapsed() > Duration::from_secs(self.config.fsdp.timeout_secs) {
-                self.fail(ErrorKind::CollectiveTimeout, "a rank did not come", 1);
+                let missing = (0..self.env.world_size).filter(|&other| self.add(&rank(other), 0) == 0).collect();
+                let (op, unit) = (Op::AllReduce.to_string(), "layers.0".to_owned());
+                let (seq, entered) = (self.step, vec![self.env.rank]);
+                let collective = Collective { seq, op, num_bytes: 1 << 20, unit, entered, missing };
+                let mut record = self.record(ErrorKind::CollectiveTimeout, "a rank did not come", ExitStatus::Failed);
+                record.collective = Some(collective);
+                self.end_with(&record);
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -232,11 +240,19 @@ impl Worker {
     }
 
     fn fail(&self, kind: ErrorKind, message: &str, status: i32) -> ! {
-        let status = ExitStatus::from_code(status).unwrap();
+        self.end_with(&self.record(kind, message, ExitStatus::from_code(status).unwrap()));
+    }
+
+    fn record(&self, kind: ErrorKind, message: &str, status: ExitStatus) -> ErrorRecord {
         let mut record = ErrorRecord::new(self.env.rank, self.env.local_rank, kind, message.to_owned(), status);
         record.step = self.step;
-        error_file::write(&self.config.output.dir.join("logs"), &record).unwrap();
-        exit(status.code());
+        record
+    }
+
+    fn end_with(&self, record: &ErrorRecord) -> ! {
+        // The disk may be full.
+        let _ = error_file::write(&self.config.output.dir.join("logs"), record);
+        exit(record.exit_status);
     }
 }
 

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fsdp_checkpoint::sharded;
 use fsdp_config::{JobConfig, Resume};
 use fsdp_control::error_file::{self, Committed};
 use fsdp_control::lock::Lock;
@@ -195,6 +196,10 @@ impl Run<'_> {
             None => {}
         }
 
+        // All ranks of all nodes have ended: what is unfinished stays so, and takes space that is needed.
+        if let Err(error) = sharded::sweep(&dir.join("checkpoints")) {
+            self.outlets.stderr.push_line(&format!("fsdp-launch: {error}"));
+        }
         let checkpoint = newest_checkpoint(dir).unwrap_or_else(|error| {
             // The report comes first, whatever the file system says.
             self.outlets.stderr.push_line(&format!("fsdp-launch: {error}"));

@@ -100,7 +100,10 @@ impl Supervisor<'_> {
             self.history.add_fault(Farewell::new(ExitStatus::Failed, lines));
             self.end_all(Ending::Failure);
         }
-        for failure in failures {
+        for mut failure in failures {
+            if failure.end == End::Killed(SIGKILL) && failure.record.is_none() {
+                failure.oom = self.oom_watch.take_kill();
+            }
             self.records.write(&failure);
             self.take_failure(failure);
         }

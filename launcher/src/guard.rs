@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use fsdp_control::lifeline::{self, Lifeline};
 use fsdp_control::stop::StopFlag;
 use fsdp_control::{ControlError, ExitStatus};
-use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::process::{Pid, Signal};
 
 use crate::failure::Failure;
 use crate::processes;
@@ -29,12 +29,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
-/// A launcher's guard. Dropping it ends it: the launcher then ends its processes itself.
+/// A launcher's guard. Dropping it has it do its work, should anything be left, and waits for its end.
 #[derive(Debug)]
 pub struct Guard {
     name: String,
     child: Child,
-    _lifeline: Lifeline,
+    /// `None` once it is dropped.
+    lifeline: Option<Lifeline>,
 }
 
 impl Guard {
@@ -52,7 +53,7 @@ impl Guard {
         command.stdin(until).stdout(Stdio::null()).stderr(Stdio::null());
         lifeline::prepare_guard(&mut command);
         let child = command.spawn().map_err(|error| failed(&error))?;
-        Ok(Self { name, child, _lifeline: lifeline })
+        Ok(Self { name, child, lifeline: Some(lifeline) })
     }
 
     pub fn pid(&self) -> Pid {
@@ -67,8 +68,9 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        processes::signal(self.pid(), Signal::KILL);
-        let _ = rustix::process::waitpid(Some(self.pid()), WaitOptions::empty());
+        self.lifeline = None;
+        processes::signal(self.pid(), Signal::CONT);
+        let _ = self.child.wait();
     }
 }
 

@@ -3,7 +3,6 @@
 
 use fsdp_control::error_file::{Collective, ErrorKind, ErrorRecord};
 use fsdp_control::progress::{Phase, Snapshot};
-use fsdp_plan::plan::format_bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::link::Farewell;
@@ -134,18 +133,7 @@ impl From<Snapshot> for At {
 }
 
 impl At {
-    /// "all_gather number 412 for layers.3 (1.5 MiB)".
-    pub fn collective(&self) -> String {
-        let mut text = format!("{} number {}", self.op, self.seq);
-        if !self.unit.is_empty() {
-            text += &format!(" for {}", self.unit);
-        }
-        if self.num_bytes > 0 {
-            text += &format!(" ({})", format_bytes(self.num_bytes));
-        }
-        text
-    }
-
+    /// The collective, as records have it.
     pub fn to_record(&self, entered: Vec<usize>, missing: Vec<usize>) -> Collective {
         let (op, unit) = (self.op.clone(), self.unit.clone());
         Collective { seq: self.seq, op, num_bytes: self.num_bytes, unit, entered, missing }

@@ -187,6 +187,11 @@ pub fn failures(ranks: MpirunRanks, log_dir: &Path, said: &[String], end: End) -
     }
     unpublished.sort_by_key(|record| record.t_wall_ns);
     records.append(&mut unpublished);
+    // Where the first one has waited in vain, ranks that are gone without a word were killed for it.
+    let is_hang = records.first().is_some_and(|record| record.kind == ErrorKind::CollectiveTimeout);
+    if is_hang {
+        records.iter_mut().filter(|record| record.kind == ErrorKind::Signal).for_each(|record| record.primary = false);
+    }
 
     let mut reported = reported_failure(said);
     let failure = |record: ErrorRecord| {
@@ -212,7 +217,7 @@ pub fn failures(ranks: MpirunRanks, log_dir: &Path, said: &[String], end: End) -
         }
     };
     let mut failures: Vec<RankFailure> = records.into_iter().map(failure).collect();
-    if !failures.iter().any(RankFailure::is_primary) {
+    if !is_hang && !failures.iter().any(RankFailure::is_primary) {
         failures.extend(reported);
     }
     failures

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::path::Path;
 
 use fsdp_control::ExitStatus;
-use fsdp_control::error_file::{self, Committed, ErrorKind, ErrorRecord, who};
+use fsdp_control::error_file::{self, Collective, Committed, ErrorKind, ErrorRecord, who};
 use fsdp_plan::plan::format_bytes;
 use signal_hook::consts::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGSEGV};
 
@@ -73,7 +73,8 @@ impl<'a> Records<'a> {
         }
         if let Some(at) = &failure.at {
             record.phase = record.phase.or(Some(at.phase));
-            if record.collective.is_none() && at.waits {
+            // What the rank itself knows is less than what the counters of all say.
+            if at.waits && (record.collective.is_none() || !failure.others.is_empty()) {
                 let missing = failure.others.iter().filter(|place| place.is_absent_from(at.seq));
                 record.collective = Some(at.to_record(failure.waiting(), missing.map(|place| place.rank).collect()));
             }
@@ -95,70 +96,95 @@ impl<'a> Records<'a> {
         }
     }
 
-    /// The failure in words, and its rank's complete record. `failure` is the first that can be the cause of the others, or
-    /// of a rank that waited in vain.
-    pub fn cause(&self, failure: &RankFailure) -> Cause {
-        if let Some(absent) = failure.absent() {
-            return self.hang(failure, absent);
-        }
+    /// The failure in words, and its rank's complete record. `failure` is the first of `all` that can be the cause of the
+    /// others, or of a rank that waited in vain.
+    pub fn cause(&self, failure: &RankFailure, all: &[RankFailure]) -> Cause {
         let mut record = self.complete(failure);
+        if record.kind == ErrorKind::CollectiveTimeout
+            && let Some(collective) = record.collective.take_if(|collective| !collective.missing.is_empty())
+        {
+            return self.hang(failure, collective, all);
+        }
         let mut step = failure.step;
-        let mut details = Vec::new();
         if record.kind == ErrorKind::CollectiveMismatch
             && let Some(odd) = odd_one_out(failure)
         {
             (record.rank, record.host, record.pid) = (odd.rank, odd.host.clone(), odd.pid.cast_unsigned());
             (record.step, record.phase, step) = (odd.at.step, Some(odd.at.phase), Some(odd.at.step));
         }
-        if record.kind == ErrorKind::CollectiveTimeout
-            && let Some(collective) = &record.collective
-            && let [rank, ..] = collective.missing[..]
-        {
-            details.push(format!("  rank {rank} did not come to {} number {}", collective.op, collective.seq));
-        }
-        details.extend(record.unit.iter().map(|unit| format!("  in unit {unit}")));
+        let mut details: Vec<String> = record.unit.iter().map(|unit| format!("  in unit {unit}")).collect();
         details.extend(record.causes.iter().map(|cause| format!("  caused by: {cause}")));
         details.extend(last_lines(failure));
         let remarks = if failure.record.is_none() { record.hint.iter().cloned().collect() } else { Vec::new() };
         Cause { headline: record.at(step), remarks, details, record: Some(record) }
     }
 
-    /// `failure` is that of a rank that waited in vain for `absent`.
-    fn hang(&self, failure: &RankFailure, absent: &RankPlace) -> Cause {
-        let at = failure.at.as_ref().expect("a rank that others are compared with has counters");
-        let message = format!("did not come to {}", at.collective());
-        let mut record = ErrorRecord::new(absent.rank, absent.rank, ErrorKind::Hang, message, ExitStatus::Failed);
-        (record.host, record.pid) = (absent.host.clone(), absent.pid.cast_unsigned());
-        (record.step, record.phase) = (absent.at.step, Some(absent.at.phase));
-        let missing = failure.others.iter().filter(|place| place.is_absent_from(at.seq)).map(|place| place.rank);
-        record.collective = Some(at.to_record(failure.waiting(), missing.collect()));
-        record.causes = vec![
-            match absent.state {
-                Some('T') => "it is suspended".to_owned(),
-                Some('D') => "the kernel holds it, as where a disk or a file system does not answer".to_owned(),
-                _ if absent.at.waits => "it waits for others itself".to_owned(),
-                _ => format!("it is busy (phase {})", absent.at.phase),
-            },
-            match absent.at.seq {
-                0 => "it has entered no collective yet".to_owned(),
-                _ => format!("its last collective was {}", absent.at.collective()),
-            },
-        ];
-        record.hint = Some(match absent.state {
-            Some('T') => "find out who suspended it".to_owned(),
-            _ => format!("{}; where it is only slow, raise [fsdp] timeout_secs", see_log(absent.rank)),
-        });
-        self.sign(&mut record);
-        let waiting = failure.waiting();
-        let verb = if waiting.len() == 1 { "waits" } else { "wait" };
-        let mut details = vec![format!("  {} {verb} in {}", ranks_text(&waiting), at.collective())];
-        let victim = who(failure.rank, &failure.host, failure.pid.map(i32::cast_unsigned));
+    /// `failure` is that of a rank that waited in vain in `collective`, for ranks that are missing there.
+    fn hang(&self, failure: &RankFailure, mut collective: Collective, all: &[RankFailure]) -> Cause {
+        if collective.entered.is_empty() {
+            collective.entered.push(failure.rank);
+        }
+        let name = collective_text(&collective);
+        let message = format!("did not come to {name}");
+        let absent = failure.absent();
+        let culprit = absent.map_or(collective.missing[0], |place| place.rank);
+        let mut record = ErrorRecord::new(culprit, culprit, ErrorKind::Hang, message, ExitStatus::Failed);
+        record.hint = Some(format!("{}; where it is only slow, raise [fsdp] timeout_secs", see_log(culprit)));
+        match absent {
+            Some(place) => describe_place(&mut record, place),
+            // It was killed meanwhile, and so there may be word of who it was.
+            None => {
+                let its_own = all.iter().find(|other| other.rank == culprit);
+                record.host = its_own.map_or("unknown", |own| &own.host).to_owned();
+                record.pid = its_own.and_then(|own| own.pid).unwrap_or(0).cast_unsigned();
+            }
+        }
+        let verb = if collective.entered.len() == 1 { "waits" } else { "wait" };
+        let mut details = vec![format!("  {} {verb} in {name}", ranks_text(&collective.entered))];
         if let Some(theirs) = &failure.record {
-            details.push(format!("  {victim} gave up: {}", theirs.message));
+            let victim = who(failure.rank, &failure.host, failure.pid.map(i32::cast_unsigned));
+            let when = failure.step.map_or(String::new(), error_file::when);
+            details.push(format!("  {victim} gave up{when}: {}", theirs.message));
         }
         details.extend(last_lines(failure));
-        Cause { headline: record.to_string(), remarks: record.causes.clone(), details, record: Some(record) }
+        record.collective = Some(collective);
+        self.sign(&mut record);
+        let headline = record.at(absent.map(|place| place.at.step));
+        Cause { headline, remarks: record.causes.clone(), details, record: Some(record) }
     }
+}
+
+/// Adds where the rank is that did not come, and what it does there.
+fn describe_place(record: &mut ErrorRecord, place: &RankPlace) {
+    (record.host, record.pid) = (place.host.clone(), place.pid.cast_unsigned());
+    (record.step, record.phase) = (place.at.step, Some(place.at.phase));
+    record.causes = vec![
+        match place.state {
+            Some('T') => "it is suspended".to_owned(),
+            Some('D') => "the kernel holds it, as where a disk or a file system does not answer".to_owned(),
+            _ if place.at.waits => "it waits for others itself".to_owned(),
+            _ => format!("it is busy (phase {})", place.at.phase),
+        },
+        match place.at.seq {
+            0 => "it has entered no collective yet".to_owned(),
+            _ => format!("its last collective was {}", collective_text(&place.at.to_record(vec![], vec![]))),
+        },
+    ];
+    if place.state == Some('T') {
+        record.hint = Some("find out who suspended it".to_owned());
+    }
+}
+
+/// "all_gather number 412 for layers.3 (1.5 MiB)".
+fn collective_text(collective: &Collective) -> String {
+    let mut text = format!("{} number {}", collective.op, collective.seq);
+    if !collective.unit.is_empty() {
+        text += &format!(" for {}", collective.unit);
+    }
+    if collective.num_bytes > 0 {
+        text += &format!(" ({})", format_bytes(collective.num_bytes));
+    }
+    text
 }
 
 /// The record of a rank that said nothing itself.

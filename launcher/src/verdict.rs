@@ -92,7 +92,7 @@ fn judge(history: &History, records: &Records<'_>) -> (ExitStatus, Option<Cause>
                 End::Exited(code) if code == ExitStatus::DoNotRerun.code() => ExitStatus::DoNotRerun,
                 _ => ExitStatus::Failed,
             };
-            (status, Some(records.cause(failure)))
+            (status, Some(records.cause(failure, &history.failures)))
         }
         _ if history.forced => (ExitStatus::Failed, None),
         // A signal that came too late for a step to stop at changes nothing: the run is done.
@@ -284,7 +284,7 @@ mod tests {
                          step 6; {says}; its last collective was all_gather number 41 for layers.2 (1.5 MiB)"
                     ),
                     "  ranks 0, 4, 5 wait in all_gather number 42 for layers.3 (1.5 MiB)".to_owned(),
-                    "  rank 0 (host h, pid 100) gave up: message".to_owned(),
+                    "  rank 0 (host h, pid 100) gave up at step 7: message".to_owned(),
                 ]
             );
             let record = verdict.cause.unwrap().record.unwrap();
@@ -293,6 +293,28 @@ mod tests {
             assert_eq!((collective.seq, collective.num_bytes, &*collective.unit), (42, 3 << 19, "layers.3"));
             assert_eq!((collective.entered, collective.missing), (vec![0, 4, 5], vec![2, 3]));
         }
+    }
+
+    /// An MPI's ranks have no counters, but say for whom they wait; that one was then killed.
+    #[test]
+    fn a_rank_of_an_mpi_that_did_not_come_is_named_too() {
+        let mut victim = failure(0, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
+        victim.at = None;
+        victim.record.as_mut().unwrap().collective = Some(at(7, 42, "layers.3", true).to_record(vec![0, 1], vec![2]));
+        let mut killed = failure(2, End::Exited(1), Some(ErrorKind::Signal));
+        killed.record.as_mut().unwrap().primary = false;
+        (killed.at, killed.step) = (None, None);
+        let history = after(vec![victim, killed]);
+        let verdict = judged(&history, false);
+        assert_eq!(
+            verdict.lines()[..3],
+            [
+                "fsdp-launch: rank 2 (host h, pid 102) did not come to all_gather number 42 for layers.3 (1.5 MiB)",
+                "  ranks 0, 1 wait in all_gather number 42 for layers.3 (1.5 MiB)",
+                "  rank 0 (host h, pid 100) gave up at step 7: message",
+            ]
+        );
+        assert_eq!(verdict.cause.unwrap().record.unwrap().kind, ErrorKind::Hang);
     }
 
     /// Where all but one are in the same collective, that one has left the path.

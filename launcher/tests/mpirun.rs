@@ -59,7 +59,7 @@ fn the_first_failure_is_named_and_its_status_comes_through() {
         assert_eq!((ended.status, named(&ended.stderr)), (status, vec![culprit.to_owned()]), "{script}: {ended:?}");
         // Where the MPI does not tell how a rank ended, the store knows that it is gone.
         let is_silent = script.contains("signal") || script.contains("exit");
-        let is_gone = is_silent && ended.stderr.contains("failed: ended without a word");
+        let is_gone = is_silent && ended.stderr.contains(") ended without a word");
         assert!(is_gone || ended.stderr.contains(says), "{script}: {ended:?}");
         let started = job.read(&format!("out/started-{culprit}"));
         let pid = started.strip_prefix("pid=").unwrap().split(' ').next().unwrap();
@@ -70,6 +70,26 @@ fn the_first_failure_is_named_and_its_status_comes_through() {
             assert!(job.read("out/logs/mpirun.out").contains("rimary job"), "{ended:?}");
         }
         assert!(ended.took < Duration::from_secs(8), "{script}: {ended:?}");
+        job.assert_no_survivors(Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named_and_killed() {
+    if mpirun_version().is_none() {
+        return;
+    }
+    for script in ["2 3 hang", "0 3 spin", "1 3 signal=19"] {
+        let job = Job::new(100);
+        let ended = job.run(3, script, &[&MPI[..], &["--set", "fsdp.timeout_secs=1"]].concat());
+        let culprit = script.split(' ').next().unwrap();
+        assert_eq!((ended.status, named(&ended.stderr)), (1, vec![culprit.to_owned()]), "{script}: {ended:?}");
+        let line = ended.stderr.lines().next().unwrap();
+        let started = job.read(&format!("out/started-{culprit}"));
+        let pid = started.strip_prefix("pid=").unwrap().split(' ').next().unwrap();
+        let says = format!(", pid {pid}) did not come to all_reduce number 3 for layers.0 (1.0 MiB)");
+        assert!(line.ends_with(&says), "{says:?} is not in {ended:?}");
+        assert!(ended.took < Duration::from_secs(5), "{script}: {ended:?}");
         job.assert_no_survivors(Duration::from_secs(1));
     }
 }

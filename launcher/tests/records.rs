@@ -73,6 +73,7 @@ fn a_stop_and_a_killed_launcher_have_a_summary_too() {
     assert!(summary["status"].is_null() && summary["ended"].is_null(), "{summary:#}");
     job.assert_no_survivors(Duration::from_secs(2));
 
+    let job = Job::new(1_000_000);
     let child = job.start(2, "", &[]);
     job.wait_for_ranks(2);
     send(child.id(), Signal::TERM);

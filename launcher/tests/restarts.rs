@@ -130,6 +130,27 @@ fn what_a_restart_cannot_help_or_nobody_wants_is_not_restarted() {
     }
 }
 
+/// At whatever moment it comes, between two starts too.
+#[test]
+fn a_signal_ends_a_run_that_starts_again_and_again() {
+    // Each start brings a step.
+    let script: Vec<String> = (2..200).map(|step| format!("{} {step} once:signal=9", step % 2)).collect();
+    for delay_ms in [0, 30, 70, 110, 150, 190] {
+        let job = Job::new(1000);
+        let args = ["--max-restarts", "1000", "--set", "checkpoint.every_steps=1"];
+        let child = job.start(2, &script.join(";"), &args);
+        job.wait_for("out/acted-0-4");
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        send(child.id(), Signal::TERM);
+        let ended = end(child);
+        assert_eq!(ended.status, 75, "{delay_ms} ms: {ended:?}");
+        assert!(ended.took < Duration::from_secs(8), "{delay_ms} ms: {ended:?}");
+        assert!(restart_lines(&ended).len() < 20, "{delay_ms} ms: {ended:?}");
+        assert_eq!(job.summary()["status"], 75);
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
 /// Steps 1 to 4 are new in the first start, nothing is in those after it.
 #[test]
 fn three_starts_without_a_new_step_end_the_run_for_good() {
@@ -152,26 +173,25 @@ fn three_starts_without_a_new_step_end_the_run_for_good() {
     assert_eq!(run(&job, 2, "", "0", &EVERY_2).status, 0);
 }
 
-/// As where a scheduler's requeue or a shell's loop starts the command again, restarted or killed in between.
+/// As where a scheduler's requeue or a shell's loop starts the command again.
 #[test]
 fn starts_are_counted_across_commands() {
     let job = Job::new(8);
     let statuses: Vec<i32> = (0..4).map(|_| run(&job, 2, "1 5 signal=9", "0", &EVERY_2).status).collect();
     assert_eq!(statuses, [75, 75, 75, 93]);
 
-    let job = Job::new(8);
-    assert_eq!(run(&job, 2, "1 5 signal=9", "0", &EVERY_2).status, 75);
-    for _ in 0..2 {
-        let _ = std::fs::remove_file(job.path("out/acted-0-5"));
-        let mut child = job.start(2, "0 5 hang", &EVERY_2);
-        job.wait_for("out/acted-0-5");
+    // Whoever kills the launcher kills no hope.
+    let job = Job::new(1_000_000);
+    for _ in 0..4 {
+        let mut child = job.start(2, "0 3 hang", &[]);
+        job.wait_for("out/acted-0-3");
         child.kill().unwrap();
         child.wait().unwrap();
+        std::fs::remove_file(job.path("out/acted-0-3")).unwrap();
         job.assert_no_survivors(Duration::from_secs(2));
     }
-    assert_eq!(run(&job, 2, "1 5 signal=9", "3", &EVERY_2).status, 93);
 
-    // Stops do not count, and a run that gets further begins to count anew.
+    // Nor does whoever stops it.
     let job = Job::new(1_000_000);
     for _ in 0..4 {
         let child = job.start(2, "", &[]);

@@ -241,9 +241,11 @@ pub fn write(dir: &Path, record: &ErrorRecord) -> Result<(), ControlError> {
     let path = path(dir, record.rank);
     let json = serde_json::to_vec_pretty(record).expect("plain fields are always representable as JSON");
     let temporary = dir.join(format!(".error-rank-{}.json.tmp", record.rank));
-    std::fs::write(&temporary, json)
-        .and_then(|()| std::fs::rename(&temporary, &path))
-        .map_err(|e| ControlError::ErrorFile { path, reason: e.to_string() })
+    std::fs::write(&temporary, json).and_then(|()| std::fs::rename(&temporary, &path)).map_err(|e| {
+        // On a full disk there may be half of it.
+        let _ = std::fs::remove_file(&temporary);
+        ControlError::ErrorFile { path, reason: e.to_string() }
+    })
 }
 
 /// Reads the record of `rank`; `None` if there is none.

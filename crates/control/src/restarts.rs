@@ -3,8 +3,8 @@
 //!
 //! A start led somewhere if it committed a newer checkpoint than the one that it went on from, or finished a step beyond the
 //! furthest of the starts before it. What was finished is read from the run's step log (`metrics.jsonl`), which outlives
-//! every process. A start that somebody asked to stop does not count; one that ended without a word (its process was killed,
-//! or its machine went down) counts as failed. The file is there while a start runs and after one that failed.
+//! every process. A start counts once it has failed: not where somebody asked it to stop, nor where whoever would count was
+//! itself killed or lost its machine.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -39,60 +39,51 @@ struct Count {
     num_fruitless: u32,
     /// The furthest step that a start has finished or committed.
     furthest_step: u64,
-    /// Step of the checkpoint from which the last start went on; 0 without one.
-    from_step: u64,
-    /// The last start has not said how it ended.
-    is_running: bool,
-    last_failure: Option<String>,
+    last_failure: String,
 }
 
-/// A start of the run. Exactly one of its methods ends it; dropped, it has ended without a word.
+/// A start of the run. One of its methods ends it; dropped, it does not count.
 #[derive(Debug)]
-#[must_use = "a start that nobody ends counts as failed"]
+#[must_use = "a start is counted when it ends"]
 pub struct Start {
     path: PathBuf,
     count: Count,
+    /// Step of the checkpoint from which it goes on; 0 without one.
+    from_step: u64,
 }
 
 impl Start {
-    /// Notes that a run in the output folder `dir` starts, which has come as far as `reached`. Only for who holds the
-    /// folder's lock.
-    ///
-    /// A file that cannot be written is no reason not to start: then nothing is counted.
+    /// A run in the output folder `dir` starts, which has come as far as `reached`. Only for who holds the folder's lock.
     ///
     /// # Errors
     /// [`ControlError::NoProgress`]: the starts before this one led nowhere.
     pub fn begin(dir: &Path, reached: Reached) -> Result<Self, ControlError> {
         let path = dir.join("restarts.json");
+        let from_step = reached.checkpoint_step;
         let mut start = match read(&path) {
-            Some(count) => Start { path, count },
-            None => {
-                let furthest_step = reached.checkpoint_step;
-                Start { path, count: Count { schema: 1, furthest_step, ..Count::default() } }
-            }
+            Some(count) => Start { path, count, from_step },
+            None => Start { path, count: Count { schema: 1, furthest_step: from_step, ..Count::default() }, from_step },
         };
-        if start.count.is_running {
-            start.count_failure(reached, "ended without a word: it was killed, or its machine went down");
-        }
-        start.count.is_running = false;
+        // A start that nobody counted may have got further.
+        start.count_progress(reached);
         if start.count.num_fruitless >= MAX_FRUITLESS_STARTS {
-            start.write();
             return Err(ControlError::NoProgress {
                 path: start.path,
                 num_starts: start.count.num_fruitless,
-                last_failure: start.count.last_failure.unwrap_or_default(),
+                last_failure: start.count.last_failure,
             });
         }
-        start.count.is_running = true;
-        start.count.from_step = reached.checkpoint_step;
-        start.write();
         Ok(start)
     }
 
     /// The run has failed by `cause`. How many starts in a row have now led nowhere.
+    ///
+    /// A file that cannot be written is no reason to fail otherwise: then this start is not counted the next time.
     pub fn fail(mut self, reached: Reached, cause: &str) -> u32 {
-        self.count_failure(reached, cause);
-        self.count.is_running = false;
+        if !self.count_progress(reached) {
+            self.count.num_fruitless += 1;
+        }
+        self.count.last_failure = cause.chars().take(MAX_CAUSE_CHARS).collect();
         self.write();
         self.count.num_fruitless
     }
@@ -100,13 +91,8 @@ impl Start {
     /// The run was stopped on somebody's wish, or did not come to train. That counts for nothing, but what it has reached
     /// does.
     pub fn stop(mut self, reached: Reached) {
-        if self.led_somewhere(reached) {
-            self.count.num_fruitless = 0;
-        }
-        self.count.is_running = false;
-        match self.count.num_fruitless {
-            0 => self.forget(),
-            _ => self.write(),
+        if self.count_progress(reached) {
+            self.forget();
         }
     }
 
@@ -120,16 +106,15 @@ impl Start {
         &self.path
     }
 
-    fn led_somewhere(&self, reached: Reached) -> bool {
+    /// Whether the run has got somewhere; then the starts before do not count any more.
+    fn count_progress(&mut self, reached: Reached) -> bool {
         let furthest_step = reached.checkpoint_step.max(reached.finished_step);
-        reached.checkpoint_step > self.count.from_step || furthest_step > self.count.furthest_step
-    }
-
-    fn count_failure(&mut self, reached: Reached, cause: &str) {
-        self.count.num_fruitless = if self.led_somewhere(reached) { 0 } else { self.count.num_fruitless + 1 };
-        let furthest_step = reached.checkpoint_step.max(reached.finished_step);
+        let is_further = reached.checkpoint_step > self.from_step || furthest_step > self.count.furthest_step;
+        if is_further {
+            self.count.num_fruitless = 0;
+        }
         self.count.furthest_step = self.count.furthest_step.max(furthest_step);
-        self.count.last_failure = Some(cause.chars().take(MAX_CAUSE_CHARS).collect());
+        is_further
     }
 
     /// Whole or not at all.
@@ -211,17 +196,16 @@ mod tests {
     }
 
     #[test]
-    fn starts_that_end_without_a_word_count() {
+    fn starts_that_nobody_counted_may_still_have_got_somewhere() {
         let dir = tempfile::tempdir().unwrap();
-        for _ in 0..3 {
-            drop(Start::begin(dir.path(), reached(0, 0)).unwrap());
+        let begin = |step| Start::begin(dir.path(), reached(0, step)).unwrap();
+        for expected in [1, 2] {
+            (0..5).for_each(|_| drop(begin(0)));
+            assert_eq!(begin(0).fail(reached(0, 0), ""), expected);
         }
-        assert!(matches!(Start::begin(dir.path(), reached(0, 0)), Err(ControlError::NoProgress { num_starts: 3, .. })));
-        // Unless they got somewhere.
-        let dir = tempfile::tempdir().unwrap();
-        for step in 0..10 {
-            drop(Start::begin(dir.path(), reached(0, step)).unwrap());
-        }
+        // One comes to step 3, and is killed with its launcher.
+        drop(begin(0));
+        assert_eq!(begin(3).fail(reached(0, 3), ""), 1);
     }
 
     #[test]

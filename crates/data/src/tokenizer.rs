@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use serde_json::Value;
-use tokenizers::{PostProcessorWrapper, Tokenizer};
+use tokenizers::{ModelWrapper, PostProcessorWrapper, Tokenizer};
 
 use crate::error::DataError;
 use crate::format::Format;
@@ -18,6 +18,9 @@ use crate::format::Format;
 const MAX_FILE_BYTES: u64 = 256 << 20;
 /// Of the files beside it. In memory a value takes tens of times the bytes of its text.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
+
+/// More than nearly any text has.
+const BYTES_PER_TOKEN: usize = 16;
 
 /// `tokenizer.json` with the special tokens that `tokenizer_config.json` and `special_tokens_map.json` name.
 #[derive(Debug)]
@@ -65,6 +68,12 @@ impl TextTokenizer {
         })
         .map_err(broken)?;
         drop(bytes);
+        if let ModelWrapper::BPE(model) = tokenizer.get_model()
+            && model.dropout.is_some_and(|share| share > 0.0)
+        {
+            let reason = "its model drops merges at random, so that no run is like another; set model.dropout to null";
+            return Err(broken(reason.to_owned()));
+        }
         let largest = tokenizer
             .get_vocab(true)
             .into_iter()
@@ -144,19 +153,24 @@ impl TextTokenizer {
     /// The ids of `text` alone, nothing added; all of them, or well more than `num_tokens`. Of a text far longer than
     /// that only the beginning is tokenised, which takes hundreds of bytes of memory for each byte of text.
     pub(crate) fn encode_first(&self, text: &str, num_tokens: usize) -> Result<Vec<i64>, String> {
-        let beginning = beginning(text, num_tokens);
-        let ids = self.encode(beginning)?;
-        // How the beginning ends is not how the text goes on, but that shows only in its last few ids.
-        if beginning.len() == text.len() || ids.len() > 2 * num_tokens + 64 {
-            return Ok(ids);
+        let mut num_bytes = num_tokens.saturating_mul(BYTES_PER_TOKEN);
+        loop {
+            let beginning = beginning(text, num_bytes);
+            let ids = self.encode(beginning)?;
+            // How the beginning ends is not how the text goes on, but that shows only in its last few ids.
+            if beginning.len() == text.len() || ids.len() > 2 * num_tokens + 64 {
+                return Ok(ids);
+            }
+            num_bytes = num_bytes.saturating_mul(4);
         }
-        self.encode(text)
     }
 
-    /// Characters of the beginning of `text`, as [`TextTokenizer::encode_first`] has it, that no token stands for, white space
-    /// apart. Only tokenizers with neither bytes nor an unknown token leave any out.
+    /// Characters of about the first `num_tokens` tokens of `text` that no token stands for, white space apart. Only tokenizers with neither bytes nor an unknown token leave any out.
     pub(crate) fn num_dropped(&self, text: &str, num_tokens: usize) -> Result<u64, String> {
-        if self.drops_characters { num_dropped(&self.tokenizer, beginning(text, num_tokens)) } else { Ok(0) }
+        if !self.drops_characters {
+            return Ok(0);
+        }
+        num_dropped(&self.tokenizer, beginning(text, num_tokens.saturating_mul(BYTES_PER_TOKEN)))
     }
 
     /// The error is the reason, without a path.
@@ -173,9 +187,9 @@ impl TextTokenizer {
     }
 }
 
-/// So much of `text` that it nearly always has more than `num_tokens` tokens.
-fn beginning(text: &str, num_tokens: usize) -> &str {
-    let mut end = text.len().min(num_tokens.saturating_mul(16));
+/// The first `num_bytes` of `text`, or a few less.
+fn beginning(text: &str, num_bytes: usize) -> &str {
+    let mut end = text.len().min(num_bytes);
     while !text.is_char_boundary(end) {
         end -= 1;
     }

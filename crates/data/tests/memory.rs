@@ -29,6 +29,17 @@ fn files_are_not_held_in_memory() {
     assert_eq!(report.cut, 1);
     assert!(peak < 64 << 20, "{peak}");
 
+    // The same with few tokens: a word of 20 characters is one.
+    let words = format!("{} ", "unknown".repeat(3)).repeat(700_000);
+    let text = folder.write("words.jsonl", format!("{{\"text\":\"{words}\"}}\n"));
+    let mut tokenizer = common::character_tokenizer();
+    tokenizer["pre_tokenizer"] = serde_json::json!({"type": "WhitespaceSplit"});
+    folder.write("tokenizer.json", tokenizer.to_string());
+    let spec = folder.spec(&[text], Format::Text, 64);
+    let (peak, report) = peak_growth_bytes(|| check(&spec, u64::MAX).unwrap());
+    assert_eq!(report.cut, 1);
+    assert!(peak < 64 << 20, "{peak}");
+
     // 128 MiB of lines of 1 KiB, read through.
     let line = format!("{{\"input_ids\":[{}1]}}\n", "1,".repeat(504));
     let file = folder.write("many.jsonl", "");

@@ -154,6 +154,7 @@ fn hostile_tokenizers_are_errors() {
         ("/model", json!({"type": "WordLevel", "vocab": {"a": 4294967296_u64}, "unk_token": "a"}), Closed),
         ("/model", json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}), Fails),
         ("/model", json!({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "c"]]}), Closed),
+        ("/model", json!({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "dropout": 0.1}), Closed),
         ("/model", json!({"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 5}), Closed),
         ("/model", json!({"type": "Unigram", "vocab": [["a", -1.0]]}), Fails),
         ("/model", json!({}), Closed),

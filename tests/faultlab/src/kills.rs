@@ -117,8 +117,9 @@ fn after_victims_gave_up(num_ranks: usize, culprit: usize) {
 pub fn of_launchers(tally: &mut Tally, n: usize) {
     let times = Times::default();
     for i in 0..n {
-        let leaves = ["", "child", "daemon"][i % 3];
-        tally.check(format_args!("ranks that leave {leaves:?}"), || {
+        let leaves = ["", "child", "", "daemon"][i % 4];
+        let is_suspended = i % 4 == 2;
+        tally.check(format_args!("a rank leaves {leaves:?}, is suspended: {is_suspended}"), || {
             let job = Job::new();
             let running = match leaves {
                 "" => job.start(4, LONG),
@@ -130,6 +131,9 @@ pub fn of_launchers(tally: &mut Tally, n: usize) {
                 }
             };
             sleep_randomly(1500);
+            if is_suspended && let Some(rank) = fastrand::choice(&workers(&job.resolved_config())) {
+                send(rank.pid, Signal::STOP);
+            }
             running.send(Signal::KILL);
             let killed = Instant::now();
             assert_eq!(running.wait().status, 128 + 9);

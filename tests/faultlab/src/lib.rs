@@ -19,6 +19,7 @@
 //! - `nodes`: nodes that are lost, do not come, or differ; `namespaces`: two hosts on one machine.
 //! - `memory`: ranks that the kernel kills for want of memory.
 //! - `configs`: configs that are wrong.
+//! - `hostile`: model files, tokenizers and data that are made to break what reads them.
 //! - `outputs`: readers that are gone, and no room for logs; `tmpfs`: small disks.
 //! - `slurm`: what SLURM does to jobs.
 
@@ -32,6 +33,7 @@ mod corrupt;
 mod crashes;
 mod formats;
 mod hangs;
+mod hostile;
 mod kills;
 mod memory;
 mod mismatches;

@@ -1,7 +1,8 @@
 //! Nodes that are lost, do not come, or differ; ranks without a launcher that do.
 
 use std::fs::File;
-use std::net::TcpListener;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -65,15 +66,16 @@ pub fn lost(tally: &mut Tally, n: usize) {
 
 /// Row 18: what keeps nodes and ranks from coming together.
 pub fn missing(tally: &mut Tally, n: usize) {
-    let cases: [(&str, fn()); 6] = [
+    let cases: [(&str, fn()); 7] = [
         ("the port is in use", port_in_use),
         ("the usual port is in use by others, and not needed", usual_port_in_use),
         ("nobody listens at the master's address", no_master),
         ("the master's name is unknown", unknown_master),
+        ("nothing answers at the master's address", silent_master),
         ("a node does not come", no_second_node),
         ("a rank without a launcher does not come", no_second_rank),
     ];
-    for (name, case) in cases.into_iter().cycle().take(n.max(cases.len())) {
+    for (name, case) in cases.into_iter().cycle().take(n) {
         tally.check(name, case);
     }
 }
@@ -123,6 +125,16 @@ fn unknown_master() {
     let job = Job::new();
     let ended = job.spawn(node(&job, 1, "no-such-host.invalid", 29500, WAIT)).wait();
     assert_refused(&job, &ended, &[1, 2], WAITED, &["no-such-host.invalid"]);
+}
+
+fn silent_master() {
+    // Where there are none, the case before stands for this one.
+    let Ok(namespaces) = Namespaces::new() else { return };
+    namespaces.cut();
+    let job = Job::new();
+    let command = node(&job, 1, Namespaces::ADDR, 29500, WAIT);
+    let ended = job.spawn(namespaces.command_on(1, &command)).wait();
+    assert_refused(&job, &ended, &[1, 2], WAITED, &[Namespaces::ADDR, "node 0"]);
 }
 
 fn no_second_node() {
@@ -194,7 +206,8 @@ fn no_second_rank() {
     assert!(stderr.contains("rank 2") && !stderr.contains("panicked"), "{stderr}");
 }
 
-/// Row 20: the second node, or rank, has another config. All are told both values, or both digests, and none trains.
+/// Row 20: the second node, or rank, has another config, other data, or another version. All are told what differs, and
+/// none trains.
 pub fn different(tally: &mut Tally, n: usize) {
     let keys: [(&str, &str, &str); 5] = [
         ("training.seed=7", "[training] seed", "7"),
@@ -204,12 +217,45 @@ pub fn different(tally: &mut Tally, n: usize) {
         ("training.micro_batch_size=3", "[training] micro_batch_size", "3"),
     ];
     for i in 0..n {
-        let (set, key, value) = keys[i / 2 % keys.len()];
-        match i % 2 {
+        let (set, key, value) = keys[i / 4 % keys.len()];
+        match i % 4 {
             0 => tally.check(format_args!("nodes, {set}"), || different_nodes(set, key, value)),
-            _ => tally.check(format_args!("ranks without a launcher, {set}"), || different_ranks(set)),
+            1 => tally.check(format_args!("ranks without a launcher, {set}"), || different_ranks(set)),
+            2 => tally.check("the nodes' data", different_data),
+            _ => tally.check("the nodes' versions", different_versions),
         }
     }
+}
+
+/// Each node has a copy of its own of the data; one is older.
+fn different_data() {
+    let (job, other) = (Job::new(), Job::new());
+    other.replace("train.jsonl", "[0, ", "[1, ");
+    let port = free_port();
+    let dir = format!("output.dir={}", job.path("out").display());
+    let start = |job, node_rank| Job::spawn(job, node(job, node_rank, "127.0.0.1", port, &["--set", &dir]));
+    for ended in [start(&job, 0), start(&other, 1)].map(Running::wait) {
+        assert_refused(&job, &ended, &[2], WAITED, &["train"]);
+    }
+}
+
+/// A launcher of another version has the same greeting, which is as old as launchers of several nodes.
+fn different_versions() {
+    let job = Job::new();
+    let port = free_port();
+    let head = job.spawn(node(&job, 0, "127.0.0.1", port, WAIT));
+    let start = Instant::now();
+    let mut stream = loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => break stream,
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+        assert!(start.elapsed() < WAITED, "the head does not listen");
+    };
+    let hello = r#"{"hello": {"version": "0.0.1", "num_nodes": 2, "node_rank": 1, "host": "h", "machine": "m", "num_ranks": 2, "job": {"Ok": ""}}}"#;
+    writeln!(stream, "{hello}").expect("the head");
+    let ended = head.wait();
+    assert_refused(&job, &ended, &[2], WAITED, &["0.0.1", env!("CARGO_PKG_VERSION"), "node 1"]);
 }
 
 fn different_nodes(set: &str, key: &str, value: &str) {

@@ -21,9 +21,9 @@ const MAX_LEFT_OUT: u64 = 10;
 
 /// A token that one sample has, and no other.
 const TOKEN: usize = 47;
-/// With 2 ranks and 4 sequences a step it is the second sequence of rank 0 in step 5, and comes again in steps 12 and 20.
+/// With 2 ranks and 4 sequences a step it is the second sequence of rank 0 in step 5, and comes again in the next epoch.
 const LINE: usize = 18;
-const STEPS_OF_LINE: [u64; 3] = [5, 12, 20];
+const STEPS_OF_LINE: [u64; 2] = [5, 13];
 
 /// Row 15.
 pub fn stopped(tally: &mut Tally, n: usize) {

@@ -41,23 +41,18 @@ pub fn exact(tally: &mut Tally, n: usize) {
             let stops = number % 3 == 2;
             tally.check(format_args!("{nproc} ranks, {keys:?}, asked to stop: {stops}"), || {
                 let job = Job::new();
-                loop {
-                    let before = newest_step(&job);
-                    let running = job.start(*nproc, &args);
-                    std::thread::sleep(took.mul_f64(0.2 + fastrand::f64()));
-                    if stops {
-                        running.send(Signal::TERM);
-                        num_stopped += 1;
-                    } else {
-                        num_killed += usize::from(kill(&running, &job, Victim::random(*nproc)));
-                    }
-                    let ended = running.wait();
-                    assert_goes_on(&job, &ended, before);
-                    // Steps must have been done, or nothing is shown.
-                    if newest_step(&job) > 0 {
-                        break;
-                    }
+                let mut running = job.start(*nproc, &args);
+                // Before the first checkpoint nothing is there to go on from.
+                running.wait_until_or_end(|job| newest_name(job) > 0);
+                std::thread::sleep(took.mul_f64(0.5 * fastrand::f64()));
+                if stops {
+                    running.send(Signal::TERM);
+                    num_stopped += 1;
+                } else {
+                    num_killed += usize::from(kill(&running, &job, Victim::random(*nproc)));
                 }
+                let ended = running.wait();
+                assert_goes_on(&job, &ended, 3);
                 assert_finishes_as(&job, *nproc, &args, &whole);
             });
         }

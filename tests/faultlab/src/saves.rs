@@ -21,8 +21,8 @@ use crate::tally::Tally;
 /// The ranks of a killed launcher are gone by then.
 const PROMPTLY: Duration = Duration::from_secs(2);
 
-/// How often a run is killed, at most, before it may end.
-const MAX_KILLS: usize = 3;
+/// How often a run is killed, at most, before it may end. One that fails three times without a new step is given up.
+const MAX_KILLS: usize = 2;
 
 /// A run of 20 steps that saves every second one.
 const SAVING: &[&str] = &["--set", "training.steps=20", "--set", "checkpoint.every_steps=2"];

@@ -1,5 +1,7 @@
 //! What SLURM does to jobs, on a real one of two nodes, with the batch files of `scripts/slurm/` as they are.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -18,8 +20,10 @@ const SETTINGS: &[&str] =
 /// Both nodes are one machine, so shared memory reaches both.
 const SHM: &[&str] = &["--set=fsdp.backend=shm"];
 
-/// Until something happens, a step takes so long: not to have the cores busy until then.
-const SLOW: &str = "rank=*,step=1,do=slow=100";
+/// Until something has happened, a step takes so long: not to have the cores busy until then.
+const SLOW: &str = "rank=*,step=1,do=slow=120";
+
+const FAIL_AGAIN: &str = "rank=1,step=30,do=panic";
 
 /// No process is left so long after the end.
 const SURVIVAL: Duration = Duration::from_secs(5);
@@ -54,6 +58,10 @@ enum Event {
     KillRank,
     /// SIGKILL to all tasks of the second node and to what watches them.
     LoseNode,
+    /// SIGKILL to `srun`.
+    KillSrun,
+    /// A rank that fails at the same step at each start.
+    FailAgain,
 }
 
 /// Who has a job start again that ends with status 75.
@@ -74,7 +82,7 @@ const CASES: &[(Style, Event, By)] = &[
     (Style::OneTaskPerNode, Event::LoseNode, By::Script),
     (Style::Mpi, Event::SignalAhead, By::Script),
     (Style::OneTaskPerGpu, Event::TimeLimit, By::Script),
-    (Style::OneTaskPerNode, Event::Requeue, By::Script),
+    (Style::OneTaskPerNode, Event::FailAgain, By::Script),
     (Style::OneTaskPerGpu, Event::LoseNode, By::Conf),
     (Style::OneTaskPerGpu, Event::Cancel, By::Script),
     (Style::OneTaskPerNode, Event::Signal, By::Conf),
@@ -88,6 +96,10 @@ const CASES: &[(Style, Event, By)] = &[
     (Style::Mpi, Event::Cancel, By::Script),
     (Style::OneTaskPerGpu, Event::SignalAhead, By::Conf),
     (Style::Uneven, Event::TimeLimit, By::Conf),
+    (Style::OneTaskPerNode, Event::Requeue, By::Script),
+    (Style::OneTaskPerGpu, Event::FailAgain, By::Script),
+    (Style::OneTaskPerNode, Event::KillSrun, By::Script),
+    (Style::OneTaskPerGpu, Event::KillSrun, By::Script),
 ];
 
 /// What the jobs of a row have in common.
@@ -125,44 +137,54 @@ impl Row {
         let job = Job::new();
         put_binaries(&job);
         let submitted = self.submit(style, event, &job);
+        if event == Event::FailAgain {
+            // The first start comes to step 30, and three more come no further.
+            assert_eq!(submitted.end(), ("FAILED".to_owned(), "93:0".to_owned()), "{}", submitted.log());
+            assert_eq!(submitted.field("Restarts"), "3", "{}", submitted.log());
+            assert_eq!(job.checkpoints(), ["step-00000020"]);
+            return job.assert_no_survivors(SURVIVAL);
+        }
         let is_ahead = matches!(event, Event::SignalAhead | Event::SignalBatchAhead);
         if !is_ahead {
             submitted.wait_until("step after a checkpoint", |_| job.steps().len() > 25);
             self.strike(event, &job, &submitted);
         }
-        match event {
-            Event::Cancel | Event::TimeLimit => {
-                let state = if event == Event::Cancel { "CANCELLED" } else { "TIMEOUT" };
-                assert_eq!(submitted.end().0, state, "{}", submitted.log());
-                submitted.wait_until("end of srun", |s| s.log().contains("xited with exit code 75"));
-            }
-            _ => submitted.wait_until("requeue", |s| s.field("Restarts") == "1"),
+        let starts_again = !matches!(event, Event::Cancel | Event::TimeLimit);
+        if starts_again {
+            submitted.wait_until("requeue", |s| s.field("Restarts") == "1");
+        } else {
+            let state = if event == Event::Cancel { "CANCELLED" } else { "TIMEOUT" };
+            assert_eq!(submitted.end().0, state, "{}", submitted.log());
+            submitted.wait_until("end of srun", |s| s.log().contains("xited with exit code"));
         }
-        // What SLURM has asked to end it kills later than this.
         job.assert_no_survivors(SURVIVAL);
         let (num_steps, log) = (job.steps().len(), submitted.log());
-        match event {
-            // SLURM may tell the job before its first step.
-            _ if is_ahead && num_steps == 0 => {}
-            Event::KillRank | Event::LoseNode => {}
-            _ => {
-                assert!(log.contains("xited with exit code 75"), "{log}");
-                assert_eq!(job.checkpoints().pop(), Some(format!("step-{num_steps:08}")), "{log}");
-            }
+        // SLURM may tell a job before its first step. Who is killed saves nothing.
+        let saves = num_steps > 0 && !matches!(event, Event::KillRank | Event::LoseNode);
+        if saves {
+            assert_eq!(job.checkpoints().pop(), Some(format!("step-{num_steps:08}")), "{log}");
         }
-        if event == Event::KillRank && style == Style::OneTaskPerNode {
-            assert!(log.contains("xited with exit code 75"), "{log}");
+        let says_75 = match event {
+            // A killed srun says nothing.
+            Event::KillSrun => false,
+            // MPI has all ranks killed.
+            Event::KillRank => style != Style::Mpi,
+            Event::LoseNode => true,
+            _ => saves,
+        };
+        assert!(!says_75 || log.contains("xited with exit code 75"), "{log}");
+        if style == Style::Uneven {
+            assert!(log.starts_with("3,1\n"), "{log}");
         }
 
-        // There is no reason to be slow any more.
-        std::fs::rename(job.path("bin/fast"), job.path("bin/fsdp-train")).expect("a folder of the test");
-        match event {
-            Event::Cancel | Event::TimeLimit => self.submit(style, Event::Signal, &job).finish(),
-            _ => submitted.finish(),
+        speed_up(&job);
+        if starts_again {
+            submitted.finish();
+            assert!(is_ahead || submitted.field("Restarts") == "1", "{}", submitted.log());
+        } else {
+            self.submit(style, Event::Signal, &job).finish();
         }
-        if num_steps > 0 {
-            assert!(job.read("log").contains("resuming after step"), "{}", job.read("log"));
-        }
+        assert!(num_steps == 0 || submitted.log().contains("resuming after step"), "{}", submitted.log());
         job.assert_bits_of(self.unbroken(style));
         job.assert_no_survivors(SURVIVAL);
     }
@@ -170,8 +192,9 @@ impl Row {
     fn submit<'a>(&'a self, style: Style, event: Event, job: &'a Job) -> Submitted<'a> {
         let bin = job.path("bin").display().to_string();
         // SLURM_WAIT: how long srun waits for a lost node's tasks.
+        let fault = if event == Event::FailAgain { FAIL_AGAIN } else { SLOW };
         let variables =
-            [("FSDP_BIN", bin.as_str()), ("FSDP_FAULT", SLOW), ("OMP_NUM_THREADS", "1"), ("SLURM_WAIT", "3")];
+            [("FSDP_BIN", bin.as_str()), ("FSDP_FAULT", fault), ("OMP_NUM_THREADS", "1"), ("SLURM_WAIT", "3")];
         let mut args = match event {
             Event::SignalAhead => vec!["--time=1", "--signal=USR1@60"],
             Event::SignalBatchAhead => vec!["--time=1", "--signal=B:USR1@60"],
@@ -223,7 +246,12 @@ impl Row {
                 }
                 self.times.add(lost.elapsed());
             }
-            Event::SignalAhead | Event::SignalBatchAhead | Event::TimeLimit => {}
+            Event::KillSrun => {
+                let sruns: Vec<i32> = job.survivors().into_iter().filter(|pid| name(*pid) == "srun").collect();
+                assert!(!sruns.is_empty(), "no srun: {}", submitted.log());
+                sruns.into_iter().for_each(kill);
+            }
+            Event::SignalAhead | Event::SignalBatchAhead | Event::TimeLimit | Event::FailAgain => {}
         }
     }
 
@@ -300,7 +328,7 @@ fn kill(pid: i32) {
 
 /// The programs in the job's folder: workers that do as `FSDP_FAULT` says, and `fast`, which do not.
 fn put_binaries(job: &Job) {
-    std::fs::create_dir(job.path("bin")).expect("a folder of the test");
+    std::fs::create_dir_all(job.path("bin/fast")).expect("a folder of the test");
     let put = |from: &str, to: &str| {
         let (from, to): (PathBuf, PathBuf) = (built(from), job.path("bin").join(to));
         // The target folder may be on another file system.
@@ -308,5 +336,13 @@ fn put_binaries(job: &Job) {
     };
     put("fsdp-launch", "fsdp-launch");
     put("fsdp-train-faults", "fsdp-train");
-    put("fsdp-train", "fast");
+    put("fsdp-train", "fast/fsdp-train");
+}
+
+/// Has the job's next starts run as fast as they can.
+fn speed_up(job: &Job) {
+    let fast = job.path("bin/fast/fsdp-train");
+    job.write("bin/next", format!("#!/bin/sh\nunset FSDP_FAULT\nexec {} \"$@\"\n", fast.display()));
+    std::fs::set_permissions(job.path("bin/next"), Permissions::from_mode(0o755)).expect("a file of the test");
+    std::fs::rename(job.path("bin/next"), job.path("bin/fsdp-train")).expect("a folder of the test");
 }

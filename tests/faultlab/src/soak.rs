@@ -14,8 +14,6 @@ use crate::saves::{debris, newest_step};
 use crate::tally::Tally;
 
 const RANKS: usize = 2;
-/// So long would the run take without faults, out of the time that is asked for.
-const UNBROKEN_SHARE: f64 = 0.7;
 /// Eight microbatches make steps that are long enough for faults to come within one.
 const ARGS: &[&str] = &["--set", "training.grad_accumulation=8", "--set", "fsdp.timeout_secs=3"];
 
@@ -92,11 +90,11 @@ fn steps_a_second() -> f64 {
     1.0 / times[times.len() / 2]
 }
 
-/// Row 30: faults for about `secs` seconds, and then the rest of the run.
+/// Row 30: faults for `secs` seconds of a run that takes about as long without them.
 pub fn soaked(tally: &mut Tally, secs: usize) {
-    let num_steps = (secs as f64 * UNBROKEN_SHARE * steps_a_second()) as u64;
+    let num_steps = (secs as f64 * steps_a_second()) as u64;
     let steps = format!("training.steps={num_steps}");
-    let args = [ARGS, &["--set", &steps]].concat();
+    let args = [ARGS, &["--max-restarts", "100", "--set", &steps]].concat();
     let (mut met, mut num_starts) = (BTreeMap::new(), 0);
     let started = Instant::now();
     tally.check(format_args!("{secs} seconds"), || {

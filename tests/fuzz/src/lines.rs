@@ -17,10 +17,10 @@ const FORMATS: [Format; 4] = [Format::Tokens, Format::Text, Format::Completion, 
 /// Words with one id each; what is no word is id 0.
 const TOKENIZER: &str = r#"{
     "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-    "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+    "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
     "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1, "b": 2, ".": 99}, "unk_token": "<unk>"}}"#;
 
-/// The whole of a data file, read in the format that it seems to have, and in all where it has none.
+/// The whole of a data file, read in the format that it seems to have, and in one of all.
 ///
 /// Each line of an accepted file is one JSON object, blank ones apart, and is one sample, whose ids and targets are in the
 /// vocabulary; training does not fail on it. A refusal names the file, and a line and a byte of it.
@@ -35,16 +35,14 @@ pub fn json_lines(data: &[u8]) {
     FOLDER.with(|folder| {
         let path = folder.path().join("train.jsonl");
         fs::write(&path, data).expect("a folder of the target");
-        if !is_accepted(Format::Auto, folder.path(), &path, data) {
-            for format in FORMATS {
-                is_accepted(format, folder.path(), &path, data);
-            }
+        // Opening the tokenizer takes most of the time, so not in all of them.
+        for format in [Format::Auto, FORMATS[data.len() % FORMATS.len()]] {
+            check_as(format, folder.path(), &path, data);
         }
     });
 }
 
-/// Whether the file is good in `format`.
-fn is_accepted(format: Format, folder: &Path, path: &PathBuf, data: &[u8]) -> bool {
+fn check_as(format: Format, folder: &Path, path: &PathBuf, data: &[u8]) {
     let spec = DataSpec {
         files: vec![path.clone()],
         format,
@@ -64,7 +62,6 @@ fn is_accepted(format: Format, folder: &Path, path: &PathBuf, data: &[u8]) -> bo
             assert_eq!(report.samples, lines.len() as u64);
             assert!(report.format == format || (format == Format::Auto && FORMATS.contains(&report.format)));
             train(&spec, report);
-            true
         }
         Err(error) => {
             assert!(error.to_string().contains("train.jsonl"), "{error}");
@@ -73,7 +70,6 @@ fn is_accepted(format: Format, folder: &Path, path: &PathBuf, data: &[u8]) -> bo
                 let named = all.get(line as usize - 1).expect("a line of the file");
                 assert!(byte.is_none_or(|byte| byte <= named.len() as u64 + 1), "byte {byte:?} of {}", named.len());
             }
-            false
         }
     }
 }
@@ -84,21 +80,19 @@ fn lines(data: &[u8]) -> Vec<&[u8]> {
     text.split(|byte| *byte == b'\n').filter(|line| !line.iter().all(u8::is_ascii_whitespace)).collect()
 }
 
-/// One epoch on two ranks.
+/// One epoch.
 fn train(spec: &DataSpec, report: CheckReport) {
+    let dataset = Dataset::open(spec).expect("checked");
+    let num_steps = dataset.num_samples().div_ceil(2);
+    let mut loader = Loader::new(dataset, 0, 1, 2, 1);
     let mut num_valid = 0;
-    for rank in 0..2 {
-        let dataset = Dataset::open(spec).expect("checked");
-        let num_steps = dataset.num_samples().div_ceil(4);
-        let mut loader = Loader::new(dataset, rank, 2, 2, 1);
-        for _ in 0..num_steps {
-            for batch in loader.next_step().expect("checked") {
-                assert_eq!((batch.input_ids.len(), batch.targets.len()), (2 * SEQ_LEN, 2 * SEQ_LEN));
-                let known = 0..VOCAB_SIZE as i64;
-                assert!(batch.input_ids.iter().all(|id| known.contains(id)), "{batch:?}");
-                assert!(batch.targets.iter().all(|id| known.contains(id) || *id == fsdp_data::IGNORED), "{batch:?}");
-                num_valid += batch.num_valid_tokens;
-            }
+    for _ in 0..num_steps {
+        for batch in loader.next_step().expect("checked") {
+            assert_eq!((batch.input_ids.len(), batch.targets.len()), (2 * SEQ_LEN, 2 * SEQ_LEN));
+            let known = 0..VOCAB_SIZE as i64;
+            assert!(batch.input_ids.iter().all(|id| known.contains(id)), "{batch:?}");
+            assert!(batch.targets.iter().all(|id| known.contains(id) || *id == fsdp_data::IGNORED), "{batch:?}");
+            num_valid += batch.num_valid_tokens;
         }
     }
     assert_eq!(num_valid, report.valid_tokens);

@@ -7,7 +7,7 @@ use fsdp_tests_fuzz::mutation::mutated;
 use fsdp_tests_fuzz::{TARGETS, Target};
 
 /// Mutations of each target's corpus.
-const NUM_MUTATIONS: usize = 2000;
+const NUM_MUTATIONS: usize = 5000;
 
 #[test]
 fn promises_hold_on_the_corpora_and_on_mutations_of_them() {

@@ -39,17 +39,11 @@ impl Supervisor<'_> {
         // A record of an earlier run under the same rank is not this process's.
         let is_own = |record: &ErrorRecord| record.pid == pid.cast_unsigned() && record.host == host_name();
         let record = error_file::read(self.records.log_dir, rank).ok().flatten().filter(is_own);
-        match end {
-            End::Exited(0) => return,
-            End::Exited(code) if code == ExitStatus::Stopped.code() && record.is_none() => {
-                self.history.num_stopped += 1;
-                return;
-            }
-            End::Killed(signal) if self.was_asked(signal) => {
-                self.history.num_stopped += 1;
-                return;
-            }
-            End::Exited(_) | End::Killed(_) => {}
+        let stops = end == End::Exited(ExitStatus::Stopped.code()) && record.is_none();
+        let was_asked = matches!(end, End::Killed(signal) if self.was_asked(signal));
+        self.history.num_stopped += usize::from(stops || was_asked);
+        if was_asked {
+            return;
         }
         let at = At::from(self.progress.snapshot(index));
         let mut failure = RankFailure {
@@ -66,6 +60,10 @@ impl Supervisor<'_> {
             oom: if end == End::Killed(SIGKILL) { self.oom_watch.take_kill() } else { None },
             others: Vec::new(),
         };
+        if stops || end == End::Exited(0) {
+            self.history.early.push(failure);
+            return;
+        }
         if failure.involves_others() && self.is_first_to_tell_of_others() {
             failure.others = self.places_but(rank);
         }

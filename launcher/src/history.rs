@@ -12,6 +12,9 @@ use crate::rank::End;
 #[derive(Debug, Default)]
 pub struct History {
     pub failures: Vec<RankFailure>,
+    /// Ranks that ended by themselves as if the run were done or stopped, in order. Where others then miss them, that was
+    /// too early.
+    pub early: Vec<RankFailure>,
     /// What ended the ranks if it was no rank's failure: a node is lost, a launcher gave up, an mpirun failed.
     pub fault: Option<Farewell>,
     /// A launcher, or its machine, is gone.
@@ -34,6 +37,12 @@ impl History {
         if self.fault.is_none() && !self.failures.iter().any(RankFailure::is_primary) {
             self.fault = Some(fault);
         }
+    }
+
+    /// The rank that ended as if nothing were wrong, and was then missed by the one that failed first.
+    pub fn missed(&self) -> Option<&RankFailure> {
+        let victim = self.failures.first().filter(|failure| failure.kind() == Some(ErrorKind::PeerLost))?;
+        self.early.iter().find(|early| early.rank != victim.rank)
     }
 
     /// Ranks have waited in vain for one that lives, and nothing else is wrong: none of them can go on.

@@ -100,6 +100,9 @@ pub struct Ended {
     pub num_stopped: usize,
     pub forced: bool,
     pub unkillable: Vec<usize>,
+    /// Where ranks have failed: those that had ended as if nothing were wrong.
+    #[serde(default)]
+    pub early: Vec<RankFailure>,
 }
 
 /// An exit status and what to say with it.
@@ -348,10 +351,10 @@ mod tests {
             Message::Stop { has_deadline: true },
             Message::End { is_hang: true },
             Message::Kill,
-            Message::RankFailed(Box::new(failure)),
+            Message::RankFailed(Box::new(failure.clone())),
             Message::WhereAre { failed: 2 },
             Message::Places { failed: 2, ranks: vec![place] },
-            Message::Ended(Ended { num_stopped: 1, forced: true, unkillable: vec![3] }),
+            Message::Ended(Ended { num_stopped: 1, forced: true, unkillable: vec![3], early: vec![failure] }),
             Message::Restart(Restart { resumes: true, lines: vec!["a".to_owned()] }),
             Message::GaveUp(Farewell::new(ExitStatus::Failed, vec!["a".to_owned(), "b".to_owned()])),
             Message::Verdict(Farewell::new(ExitStatus::Stopped, vec!["a".to_owned()])),

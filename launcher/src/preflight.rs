@@ -166,8 +166,12 @@ fn check_data(spec: &DataSpec) -> Result<(String, Format), Failure> {
             spec.files[0].display()
         )));
     }
+    let dropped = match report.dropped_chars {
+        0 => String::new(),
+        num => format!(", {num} characters have no token and are left out"),
+    };
     let text = format!(
-        "{} samples in {}, {} tokens to learn, the longest has {}, {} are cut to {}",
+        "{} samples in {}, {} tokens to learn, the longest has {}, {} are cut to {}{dropped}",
         report.samples,
         format_bytes(report.bytes_checked),
         report.valid_tokens,

@@ -58,7 +58,7 @@ impl<'a> Records<'a> {
     /// Writes the record of the rank that is to blame where it is not its own failure: it was killed later, or hangs.
     pub fn write_cause(&self, cause: &Cause) {
         if let Some(record) = &cause.record
-            && record.kind == ErrorKind::Hang
+            && matches!(record.kind, ErrorKind::Hang | ErrorKind::Exit)
         {
             let _ = error_file::write(self.log_dir, record);
         }

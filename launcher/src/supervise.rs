@@ -195,8 +195,9 @@ impl<'a> Supervisor<'a> {
     /// Tells the head how this node's ranks ended.
     fn report_end(&mut self) {
         if !self.nodes.is_head {
-            let History { num_stopped, forced, ref unkillable, .. } = self.history;
-            let ended = Ended { num_stopped, forced, unkillable: unkillable.clone() };
+            let History { num_stopped, forced, ref unkillable, ref early, .. } = self.history;
+            let early = if let Phase::Ending(_) | Phase::Killed(_) = self.phase { early.clone() } else { Vec::new() };
+            let ended = Ended { num_stopped, forced, unkillable: unkillable.clone(), early };
             self.nodes.tell_all(&Message::Ended(ended));
         }
     }
@@ -349,9 +350,10 @@ impl<'a> Supervisor<'a> {
         self.ranks.iter().filter(|rank| !rank.has_ended())
     }
 
-    /// A victim was seen: its cause should show soon, here or on another node.
+    /// A victim was seen: its cause should show soon, here or on another node. Only the head hears of all, and so it alone
+    /// decides what follows where none shows.
     pub fn suspect(&mut self) {
-        if self.phase == Phase::Running {
+        if self.phase == Phase::Running && self.nodes.is_head {
             self.phase = Phase::Suspecting(Instant::now() + CAUSE_DEADLINE);
         }
     }
@@ -394,6 +396,7 @@ impl<'a> Supervisor<'a> {
                 self.history.num_stopped += ended.num_stopped;
                 self.history.forced |= ended.forced;
                 self.history.unkillable.extend(ended.unkillable);
+                self.history.early.extend(ended.early);
             }
             Message::GaveUp(farewell) => {
                 peer.is_done = true;

@@ -84,7 +84,7 @@ fn judge(history: &History, records: &Records<'_>) -> (ExitStatus, Option<Cause>
             fault.lines.split_first().map_or_else(Default::default, |(first, rest)| (first.clone(), rest.to_vec()));
         return (fault.status(), Some(Cause { headline, remarks: Vec::new(), details, record: None }));
     }
-    match culprit(&history.failures) {
+    match culprit(history) {
         // A rank that ends early in a stop takes the others' peer away: that is no failure of theirs.
         Some(failure) if failure.is_primary() || !history.stop_requested => {
             let status = match failure.end {
@@ -101,11 +101,15 @@ fn judge(history: &History, records: &Records<'_>) -> (ExitStatus, Option<Cause>
     }
 }
 
-/// The first failure that can be the cause of the others. Where there is none, ranks gave up on one that lives: then the
-/// first that knows which, rather than one that lost a rank which had given up.
-fn culprit(failures: &[RankFailure]) -> Option<&RankFailure> {
-    let knows_who = |failure: &&RankFailure| failure.absent().is_some();
-    failures.iter().find(|failure| failure.is_primary()).or(failures.iter().find(knows_who)).or(failures.first())
+/// The first failure that can be the cause of the others. Where there is none, it is who ended as if nothing were wrong and
+/// was missed then; or ranks gave up on one that lives: then the first that knows which, rather than one that lost a rank
+/// which had given up.
+fn culprit(history: &History) -> Option<&RankFailure> {
+    let failures = &history.failures;
+    let primary = failures.iter().find(|failure| failure.is_primary());
+    let missed = if history.stop_requested { None } else { history.missed() };
+    let knows_who = failures.iter().find(|failure| failure.absent().is_some());
+    primary.or(missed).or(knows_who).or(failures.first())
 }
 
 #[cfg(test)]
@@ -292,6 +296,27 @@ mod tests {
             let collective = record.collective.unwrap();
             assert_eq!((collective.seq, collective.num_bytes, &*collective.unit), (42, 3 << 19, "layers.3"));
             assert_eq!((collective.entered, collective.missing), (vec![0, 4, 5], vec![2, 3]));
+        }
+    }
+
+    /// Where others miss it, even a status that says "done" or "stopped" is a failure.
+    #[test]
+    fn a_rank_that_ends_too_early_is_the_one_that_others_missed() {
+        for code in [0, 75] {
+            let lost = failure(0, End::Exited(1), Some(ErrorKind::PeerLost));
+            let early = failure(2, End::Exited(code), None);
+            let mut history =
+                History { failures: vec![lost], early: vec![early], num_stopped: 1, ..History::default() };
+            let verdict = judged(&history, true);
+            let line = format!("fsdp-launch: rank 2 (host h, pid 102) exited with status {code} at step 7; see logs");
+            assert!(verdict.lines()[0].starts_with(&line), "{:?}", verdict.lines());
+            assert_eq!(verdict.status, ExitStatus::Stopped);
+            // In a stop it is none.
+            history.stop_requested = true;
+            assert!(judged(&history, true).cause.is_none());
+            // Nor where the cause is another's.
+            history.failures.push(failure(1, End::Killed(SIGKILL), None));
+            assert!(judged(&history, true).lines()[0].contains("rank 1 ("));
         }
     }
 

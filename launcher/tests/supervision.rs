@@ -119,6 +119,22 @@ fn a_failed_ranks_status_and_last_lines_come_through() {
     }
 }
 
+/// Whatever its status says to others, a rank that is missed has failed.
+#[test]
+fn a_rank_that_ends_before_the_others_is_named() {
+    for code in [0, 75] {
+        let job = Job::new(100);
+        let ended = job.run(3, &format!("1 4 exit={code}"), &[]);
+        assert_eq!((ended.status, named(&ended.stderr)), (1, vec!["1".to_owned()]), "{ended:?}");
+        assert!(
+            ended.stderr.contains(&format!(") exited with status {code} at step 4; see logs/rank-1.log")),
+            "{ended:?}"
+        );
+        assert!(job.read("out/logs/error-rank-1.json").contains("\"kind\": \"exit\""), "{ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
 #[test]
 fn a_rank_that_does_not_come_is_named_by_the_timeout_of_the_others() {
     for (script, says) in [

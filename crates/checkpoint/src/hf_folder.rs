@@ -96,6 +96,7 @@ impl ModelFolder {
         let text = durable::read_text(&path, MAX_INDEX_BYTES)?;
         self.header_bytes += text.len() as u64;
         for (number, (name, wanted)) in parse_index(&text, &path)?.into_iter().enumerate() {
+            self.check_stays_inside(&name, &wanted[0], &path)?;
             let mut found: HashMap<String, header::HeaderTensor> =
                 self.open_file(&name)?.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
             for tensor in wanted {
@@ -107,6 +108,22 @@ impl ModelFolder {
             }
         }
         Ok(())
+    }
+
+    /// No folder on the way to `file`, which the index names for `tensor`, is a link that leads out of the model folder. The
+    /// file itself may be one, as in the caches of model hubs.
+    fn check_stays_inside(&self, file: &str, tensor: &str, index: &Path) -> Result<()> {
+        let folder = self.dir.join(Path::new(file).parent().unwrap_or(Path::new("")));
+        match (self.dir.canonicalize(), folder.canonicalize()) {
+            (Ok(dir), Ok(folder)) if !folder.starts_with(&dir) => {
+                let reason =
+                    format!("names {file:?}, which is in {} by a link, not inside the folder", folder.display());
+                let field = format!("weight_map[{tensor:?}]");
+                Err(CheckpointError::Json { path: index.to_path_buf(), field, reason })
+            }
+            // What is not there is said when it is opened.
+            _ => Ok(()),
+        }
     }
 
     /// Opens the next file and returns what its header describes.

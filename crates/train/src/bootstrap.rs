@@ -168,7 +168,8 @@ impl Run {
     /// Waits until all ranks have the same config. `own` says whether this one has.
     fn agree(mut self, own: Result<(), TrainError>) -> Result<Self, Refused> {
         let ties = self.ties.as_mut().expect("ranks without a launcher have ties");
-        match own.and_then(|()| wait_for_all(&mut ties.store, &self.env)) {
+        let timeout = START_TIMEOUT.min(Duration::from_secs(self.config.fsdp.timeout_secs));
+        match own.and_then(|()| wait_for_all(&mut ties.store, &self.env, timeout)) {
             Ok(None) => Ok(self),
             Ok(Some(cause)) => {
                 let message = format!("rank {} failed before the first step", cause.rank);
@@ -227,11 +228,11 @@ impl Run {
 fn conclude(start: Start, status: ExitStatus, cause: Option<&ErrorRecord>, dir: &Path) -> ExitStatus {
     match (status, cause) {
         (ExitStatus::Done, _) => start.finish(),
-        (ExitStatus::BadInput, _) | (ExitStatus::Stopped, None) => start.stop(reached(dir)),
-        (ExitStatus::Stopped | ExitStatus::Failed | ExitStatus::DoNotRerun, cause) => {
+        (ExitStatus::BadInput | ExitStatus::DoNotRerun, _) | (ExitStatus::Stopped, None) => start.stop(reached(dir)),
+        (ExitStatus::Stopped | ExitStatus::Failed, cause) => {
             let path = start.path().to_owned();
             let num_fruitless = start.fail(reached(dir), &cause.map_or_else(String::new, ToString::to_string));
-            if num_fruitless >= MAX_FRUITLESS_STARTS && status != ExitStatus::DoNotRerun {
+            if num_fruitless >= MAX_FRUITLESS_STARTS {
                 verdict::say(format_args!(
                     "fsdp-train: {num_fruitless} starts in a row ended without a new step; look at the cause, then delete {} \
                      to try again",
@@ -254,7 +255,7 @@ fn reached(dir: &Path) -> Reached {
 }
 
 /// Returns when all ranks have called it, or with the cause as soon as one has failed.
-fn wait_for_all(store: &mut Store, env: &WorkerEnv) -> Result<Option<ErrorRecord>, TrainError> {
+fn wait_for_all(store: &mut Store, env: &WorkerEnv, timeout: Duration) -> Result<Option<ErrorRecord>, TrainError> {
     let agreed = |rank: usize| format!("agreed/rank-{rank}");
     store.set(&agreed(env.rank), b"")?;
     if store.add("agreed/count", 1)? == env.world_size as i64 {
@@ -263,7 +264,7 @@ fn wait_for_all(store: &mut Store, env: &WorkerEnv) -> Result<Option<ErrorRecord
     let start = Instant::now();
     loop {
         match store.get("agreed/all", Duration::from_millis(200)) {
-            Err(ControlError::KeyTimeout { .. }) if start.elapsed() < START_TIMEOUT => {}
+            Err(ControlError::KeyTimeout { .. }) if start.elapsed() < timeout => {}
             Err(ControlError::KeyTimeout { .. }) => break,
             result => return Ok(result.map(|_| None)?),
         }
@@ -279,7 +280,7 @@ fn wait_for_all(store: &mut Store, env: &WorkerEnv) -> Result<Option<ErrorRecord
             Err(error) => return Err(error.into()),
         }
     }
-    let (name, timeout) = ("start".to_owned(), START_TIMEOUT);
+    let name = "start".to_owned();
     Err(ControlError::BarrierTimeout { name, world_size: env.world_size, missing, timeout }.into())
 }
 
@@ -330,8 +331,9 @@ fn prepare(path: &Path, sets: &[String]) -> Result<(JobConfig, String, Lock, Sta
     std::fs::write(&temporary, config.to_toml())
         .and_then(|()| std::fs::rename(&temporary, &whole))
         .map_err(|source| TrainError::Io { path: whole, source })?;
-    error_file::remove_all(&log_dir)?;
+    // Before the records are removed: who is refused looks at them.
     let start = Start::begin(dir, reached(dir))?;
+    error_file::remove_all(&log_dir)?;
     Ok((config, digest, lock, start))
 }
 

@@ -56,7 +56,7 @@ pub struct Resumed {
 }
 
 /// What a checkpoint is of besides its config.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Inputs {
     pub data_digest: String,
     pub tokenizer_digest: String,

@@ -7,7 +7,8 @@ use fsdp_checkpoint::CheckpointError;
 use fsdp_comm::CommError;
 use fsdp_config::ConfigError;
 use fsdp_control::env::WorkerEnv;
-use fsdp_control::error_file::{ErrorKind, ErrorRecord};
+use fsdp_control::error_file::{Collective, ErrorKind, ErrorRecord};
+use fsdp_control::progress::Op;
 use fsdp_control::{ControlError, ExitStatus};
 use fsdp_data::DataError;
 use fsdp_plan::PlanError;
@@ -110,6 +111,11 @@ impl TrainError {
         record.step = whereabouts::step();
         record.phase = Some(whereabouts::phase());
         record.unit = self.unit();
+        if let TrainError::Control(ControlError::BarrierTimeout { name, missing, .. }) = self {
+            let (op, unit, missing) = (Op::Barrier.to_string(), name.clone(), missing.clone());
+            record.collective =
+                Some(Collective { op, unit, missing, entered: vec![env.rank], ..Collective::default() });
+        }
         let mut source = std::error::Error::source(self);
         while let Some(cause) = source {
             // Most messages have their cause in them already, and libtorch's go on with a C++ stack.

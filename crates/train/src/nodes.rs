@@ -8,8 +8,10 @@ use fsdp_config::{JobConfig, Strategy};
 use fsdp_control::env::{StartedBy, WorkerEnv};
 use fsdp_control::store::Store;
 use fsdp_control::{ControlError, host_name};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use xxhash_rust::xxh3::xxh3_128;
 
+use crate::checkpoints::Inputs;
 use crate::device::ComputeDevice;
 use crate::error::TrainError;
 
@@ -17,6 +19,9 @@ use crate::error::TrainError;
 const SHOWS_WITHIN: Duration = Duration::from_secs(90);
 
 const POLL_EVERY: Duration = Duration::from_millis(100);
+
+/// How much longer the others wait than rank 0, which knows who did not come.
+const RANK_0_SAYS_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a rank tells rank 0.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,6 +33,8 @@ struct Facts {
     /// `cuda`, or `cpu` with the reason.
     device: (String, Option<String>),
     backend: String,
+    /// The digest of the program, where no launcher has compared it.
+    program: Option<String>,
     /// A file that rank 0 has written to the output folder, if this rank looked for it in vain.
     unseen: Option<PathBuf>,
 }
@@ -70,29 +77,85 @@ pub fn agree(
         num_local_ranks: env.local_world_size,
         device: (config.fsdp.device.name().to_owned(), compute.why_cpu.clone()),
         backend: config.fsdp.backend.name().to_owned(),
+        program: if env.started_by == StartedBy::Launcher { None } else { Some(program_digest()?) },
         unseen,
     };
-    let json = "plain fields are always representable as JSON";
-    let key = |rank: usize| format!("nodes/rank-{rank}");
-    store.set(&key(env.rank), &serde_json::to_vec(&own).expect(json))?;
-    let timeout = timeout + shows_within;
-    let refusal = if env.rank == 0 {
-        let all = gather(store, env.world_size, key, timeout)?;
-        drop(mark);
-        let refusal = refuse(&all, config);
-        store.set("nodes/refusal", &serde_json::to_vec(&refusal).expect(json))?;
+    compare(store, env, "nodes", &own, timeout + shows_within, |all| {
+        drop(mark.take());
+        let refusal = refuse(all, config);
         if refusal.is_none()
-            && let Some(warning) = scattered_group(&all, config)
+            && let Some(warning) = scattered_group(all, config)
         {
             tracing::warn!("{warning}");
         }
         refusal
+    })
+}
+
+/// Compares what the ranks read: a file system of each node may hold another version. Collective.
+///
+/// # Errors
+/// [`TrainError::BadInput`], the same on all ranks: they differ. Or one did not come in time.
+pub fn agree_on_inputs(
+    store: &mut Store,
+    env: &WorkerEnv,
+    inputs: &Inputs,
+    timeout: Duration,
+) -> Result<(), TrainError> {
+    let own = (host_name(), inputs.clone());
+    compare(store, env, "inputs", &own, timeout, |all: &[(String, Inputs)]| {
+        let (host, first) = &all[0];
+        all.iter().enumerate().find_map(|(rank, (other_host, other))| {
+            let (what, first, other) = [
+                ("the training data", &first.data_digest, &other.data_digest),
+                ("the tokenizer", &first.tokenizer_digest, &other.tokenizer_digest),
+                ("the model's config.json", &text_digest(&first.model_config), &text_digest(&other.model_config)),
+            ]
+            .into_iter()
+            .find_map(|(what, first, other)| (first != other).then(|| (what, first.clone(), other.clone())))?;
+            Some(format!(
+                "{what}: expected the same on all ranks, got digest {first} on rank 0 (host {host}) and {other} on rank {rank} \
+                 (host {other_host}); give all nodes the same files"
+            ))
+        })
+    })
+}
+
+fn text_digest(text: &str) -> String {
+    format!("{:032x}", xxh3_128(text.as_bytes()))
+}
+
+/// Rank 0 hears what all ranks have to say of themselves, and says whether they go together.
+fn compare<T: Serialize + DeserializeOwned>(
+    store: &mut Store,
+    env: &WorkerEnv,
+    name: &str,
+    own: &T,
+    timeout: Duration,
+    refuse: impl FnOnce(&[T]) -> Option<String>,
+) -> Result<(), TrainError> {
+    let json = "plain fields are always representable as JSON";
+    let (key, verdict) = (|rank: usize| format!("{name}/rank-{rank}"), format!("{name}/refusal"));
+    store.set(&key(env.rank), &serde_json::to_vec(own).expect(json))?;
+    let refusal = if env.rank == 0 {
+        let refusal = refuse(&gather(store, env.world_size, key, timeout)?);
+        store.set(&verdict, &serde_json::to_vec(&refusal).expect(json))?;
+        refusal
     } else {
-        let bytes = store.get("nodes/refusal", timeout)?;
+        let bytes = store.get(&verdict, timeout + RANK_0_SAYS_WITHIN)?;
         let what = "what it makes of the ranks";
         serde_json::from_slice(&bytes).map_err(|source| TrainError::Message { rank: 0, what, source })?
     };
     refusal.map_or(Ok(()), |refusal| Err(TrainError::BadInput(refusal)))
+}
+
+/// Of this program's file.
+fn program_digest() -> Result<String, TrainError> {
+    let path = PathBuf::from("/proc/self/exe");
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(format!("{:032x}", xxh3_128(&bytes))),
+        Err(source) => Err(TrainError::Io { path, source }),
+    }
 }
 
 /// A file in the output folder, for as long as other nodes look for it.
@@ -135,13 +198,13 @@ fn shows(path: &Path, within: Duration) -> bool {
     }
 }
 
-/// The facts of all ranks, by rank.
-fn gather(
+/// What all ranks say, by rank.
+fn gather<T: DeserializeOwned>(
     store: &mut Store,
     world_size: usize,
     key: impl Fn(usize) -> String,
     timeout: Duration,
-) -> Result<Vec<Facts>, TrainError> {
+) -> Result<Vec<T>, TrainError> {
     let start = Instant::now();
     let (mut all, mut missing) = (Vec::new(), Vec::new());
     for rank in 0..world_size {
@@ -181,6 +244,15 @@ fn refuse(all: &[Facts], config: &JobConfig) -> Option<String> {
                 "[fsdp] device: expected the same on all ranks, got {} on rank 0 (host {}) and {} on {who}{why_cpu}; \
                  repair that host, or set device",
                 first.device.0, first.host, one.device.0
+            ));
+        }
+        if let (Some(own), Some(other)) = (&first.program, &one.program)
+            && own != other
+        {
+            return Some(format!(
+                "expected the same fsdp-train on all ranks, got digest {own} on rank 0 (host {}) and {other} on {who}; use \
+                 one build on all nodes",
+                first.host
             ));
         }
         if one.backend != first.backend {
@@ -254,6 +326,7 @@ mod tests {
             num_local_ranks: nodes.chars().filter(|other| *other == node).count(),
             device: ("cuda".into(), None),
             backend: "nccl".into(),
+            program: None,
             unseen: None,
         };
         nodes.chars().map(facts).collect()

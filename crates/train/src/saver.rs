@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use fsdp::{Engine, Snapshot};
 use fsdp_checkpoint::sharded::{self, Chunk, ManifestMeta, ShardReport, ShardWriter};
 use fsdp_config::JobConfig;
+use fsdp_control::ControlError;
 use fsdp_control::env::WorkerEnv;
 use fsdp_control::store::Store;
 
@@ -216,7 +217,15 @@ impl Writer {
         }
         let mut reports = vec![report];
         for rank in 1..self.num_shards {
-            let bytes = store.get(&key(rank), self.timeout)?;
+            let bytes = store.get(&key(rank), self.timeout).map_err(|error| match error {
+                ControlError::KeyTimeout { .. } => ControlError::BarrierTimeout {
+                    name: format!("save of step {step}"),
+                    world_size: self.num_shards,
+                    missing: vec![rank],
+                    timeout: self.timeout,
+                },
+                error => error,
+            })?;
             // The store lives as long as the run: what was read is replaced by nothing.
             store.set(&key(rank), &[])?;
             let report: ShardReport = serde_json::from_slice(&bytes).map_err(|source| TrainError::Message {

@@ -120,6 +120,7 @@ impl Trainer {
         let vocab_size = arch.vocab_size;
         let dataset = Dataset::open(&DataSpec::for_training(&config, vocab_size))?;
         let inputs = Inputs::of(&config, dataset.digest())?;
+        nodes::agree_on_inputs(&mut store, env, &inputs, timeout)?;
         let resumed = checkpoints::choose(&config, &inputs, (rank, world_size), &mut store)?;
         // Another number of ranks takes as many sequences a step; the config that is saved stays as it is.
         let mut of_these_ranks = config.clone();

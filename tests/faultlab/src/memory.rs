@@ -81,7 +81,11 @@ pub fn eaten(tally: &mut Tally, n: usize) {
             let killed = Instant::now();
             let ended = running.wait();
             times.add(killed.elapsed());
-            assert_named(&ended, culprit, &[&format!("pid {pid}"), "was killed by the OOM killer (RSS ", " at step 100"]);
+            assert_named(
+                &ended,
+                culprit,
+                &[&format!("pid {pid}"), "was killed by the OOM killer (RSS ", " at step 100"],
+            );
             assert_recoverable(&job, &ended);
             assert!(killed.elapsed() <= END, "{:?}: {ended:?}", killed.elapsed());
         });

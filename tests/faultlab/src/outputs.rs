@@ -16,10 +16,13 @@ use crate::tmpfs::Tmpfs;
 /// For 1000 steps, and for the launcher to give up on its readers.
 const PROMPTLY: Duration = Duration::from_secs(30);
 
+/// What it is, and what runs it.
+type Case = (&'static str, fn(&Times));
+
 /// Row 29: in turn.
 pub fn lost(tally: &mut Tally, n: usize) {
     let times = Times::default();
-    let cases: [(&str, fn(&Times)); 4] = [
+    let cases: [Case; 4] = [
         ("the readers of stdout and stderr are gone", |times| no_readers(times, false)),
         ("so they are, and a rank is killed", |times| no_readers(times, true)),
         ("nobody reads the pipes", slow_readers),

@@ -161,7 +161,7 @@ pub fn killed_at_calls(tally: &mut Tally, n: usize) {
             });
         }
     }
-    tally.note(format!("real rank: {num_hit} of {num_calls} calls of saves"));
+    tally.note(format!("a real rank: {num_hit} of {num_calls} calls of its saves"));
 }
 
 /// The loop saves so many steps, of which it keeps the last two.
@@ -196,7 +196,7 @@ fn each_call_of_the_loop(tally: &mut Tally) {
             assert!(names <= 3, "{names} names are left");
         });
     }
-    tally.note(format!("the loop: every of {} calls", calls.len()));
+    tally.note(format!("the loop: all {} calls", calls.len()));
 }
 
 /// The newest step, all of whose values are right, as are those of all other checkpoints; 0 without any.

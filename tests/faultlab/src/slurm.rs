@@ -72,7 +72,7 @@ enum By {
     Conf,
 }
 
-/// The first few are quick and of every style.
+/// The first few are quick.
 const CASES: &[(Style, Event, By)] = &[
     (Style::OneTaskPerNode, Event::Cancel, By::Script),
     (Style::OneTaskPerGpu, Event::Signal, By::Script),
@@ -129,7 +129,9 @@ pub fn of_jobs(tally: &mut Tally, n: usize) {
         let _conf = RequeueExit::set(&row.cluster);
         tally.check_at_once(3, &by_conf, |(style, event, _)| row.check(*style, *event));
     }
-    tally.note(format!("a lost node's peers ended after {}", row.times));
+    if cases.iter().any(|(_, event, _)| *event == Event::LoseNode) {
+        tally.note(format!("a lost node's peers ended after {}", row.times));
+    }
 }
 
 impl Row {
@@ -307,8 +309,8 @@ fn processes(job: &Job) -> Vec<Process> {
         let (status, environ) = (read("status"), read("environ"));
         let find = |bytes: &[u8], separator: u8, key: &str| {
             let fields = bytes.split(|&byte| byte == separator).map(String::from_utf8_lossy);
-            let values = fields.filter_map(|field| Some(field.strip_prefix(key)?.trim().to_owned()));
-            values.last().unwrap_or_default()
+            let mut values = fields.filter_map(|field| Some(field.strip_prefix(key)?.trim().to_owned()));
+            values.next().unwrap_or_default()
         };
         let parent = find(&status, b'\n', "PPid:").parse().unwrap_or(0);
         Process { pid, parent, name, node: find(&environ, 0, "SLURMD_NODENAME=") }

@@ -26,8 +26,7 @@ enum To {
     EarlyLauncher,
 }
 
-const TARGETS: [To; 6] =
-    [To::Launcher, To::OneRank, To::AllRanks, To::Everybody, To::LauncherTwice, To::EarlyLauncher];
+const TARGETS: [To; 6] = [To::Launcher, To::OneRank, To::AllRanks, To::Everybody, To::LauncherTwice, To::EarlyLauncher];
 
 /// Row 8: each signal to each of them, in turn.
 pub fn of_runs(tally: &mut Tally, n: usize) {

@@ -3,6 +3,9 @@
 use super::MAX_HOSTS;
 use crate::ControlError;
 
+/// Longest name of a host. It bounds the memory that a short list can ask for.
+const MAX_NAME_BYTES: usize = 255;
+
 /// The hosts of a SLURM node list, in order: `n[01-02,7],login` -> `n01`, `n02`, `n7`, `login`. Several brackets of one
 /// name combine, the last one fastest: `a[1-2]b[3-4]` -> `a1b3`, `a1b4`, `a2b3`, `a2b4`. At least one host.
 ///
@@ -18,6 +21,9 @@ pub fn expand_hostlist(list: &str) -> Result<Vec<String>, ControlError> {
     let mut names = vec![String::new()];
     let mut at = 0;
     loop {
+        if names.iter().any(|name| name.len() > MAX_NAME_BYTES) {
+            return failed(at - 1, "expected a name of at most 255 characters");
+        }
         match bytes.get(at) {
             None | Some(b',') => {
                 if names[0].is_empty() {
@@ -138,6 +144,8 @@ mod tests {
             ("n[1-60000,1-60000]", 11, "at most 65536 hosts"),
             ("n[1-60000],m[1-60000]", 22, "at most 65536 hosts"),
             ("a[1-300]b[1-300]", 10, "at most 65536 hosts"),
+            (&"n".repeat(256), 256, "at most 255 characters"),
+            (&format!("{}[1-65536]", "n".repeat(253)), 262, "at most 255 characters"),
             ("n;rm", 2, "a letter"),
             ("né", 2, "a letter"),
         ] {

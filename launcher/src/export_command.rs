@@ -100,7 +100,8 @@ fn check_source(folder: &Path, checkpoint: &Checkpoint) -> Result<Tensors, Failu
         .map_err(|error| refused(format!("it is not of the model in {}: {error}", folder.display())))?;
 
     let path = folder.join("tokenizer.json");
-    let (now, then) = (tokenizer_digest(folder), &checkpoint.manifest().meta.tokenizer_digest);
+    let now = tokenizer_digest(folder).map_err(|error| refused(error.to_string()))?;
+    let then = &checkpoint.manifest().meta.tokenizer_digest;
     if now != *then {
         return Err(refused(format!(
             "{} is not the tokenizer of the run (digest {then} then, {now} now)",

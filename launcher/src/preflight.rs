@@ -255,8 +255,9 @@ fn check_output(config: &JobConfig) -> Result<String, Failure> {
 /// Refuses a config that does not continue the checkpoint's. A manifest that cannot be read is the workers' affair: they
 /// validate checkpoints in full and may fall back to an older one.
 fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_ranks: usize) -> Result<(), Failure> {
-    let Ok(text) = std::fs::read(checkpoint.join("manifest.json")) else { return Ok(()) };
-    let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { return Ok(()) };
+    let path = checkpoint.join("manifest.json");
+    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+    let Ok(manifest) = Manifest::parse(&text, &path) else { return Ok(()) };
     let origin = format!("{} (saved config)", checkpoint.display());
     if let Some(global_batch_size) = manifest.meta.trainer["global_batch_size"].as_u64() {
         config

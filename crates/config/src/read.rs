@@ -255,8 +255,17 @@ fn validation(s: &mut Section) -> Result<Validation, ConfigError> {
 }
 
 fn checkpoint(s: &mut Section) -> Result<Checkpoint, ConfigError> {
+    let every_steps = s.integer("every_steps", 0..=MAX_STEPS)?.map_or(500, |taken| taken.value);
+    let keep_every = match s.integer("keep_every", 0..=MAX_STEPS)? {
+        None => 0,
+        Some(taken) if taken.value.is_multiple_of(every_steps) => taken.value,
+        Some(taken) => {
+            let expected = format!("a multiple of every_steps, {every_steps}, or 0");
+            return Err(s.wrong(&taken.at, "keep_every", &expected, taken.value.to_string(), ""));
+        }
+    };
     Ok(Checkpoint {
-        every_steps: s.integer("every_steps", 0..=MAX_STEPS)?.map_or(500, |taken| taken.value),
+        every_steps,
         keep: s.integer("keep", 2..=1_000_000)?.map_or(2, |taken| taken.value),
         resume: match s.string("resume", "\"auto\", \"never\" or the path of a checkpoint")? {
             None => Resume::Auto,
@@ -266,7 +275,7 @@ fn checkpoint(s: &mut Section) -> Result<Checkpoint, ConfigError> {
                 path => Resume::Path(path.into()),
             },
         },
-        keep_every: s.integer("keep_every", 0..=MAX_STEPS)?.map_or(0, |taken| taken.value),
+        keep_every,
         async_save: s.boolean("async", true)?,
     })
 }

@@ -176,6 +176,7 @@ const CASES: &[Case] = &[
     case(8, "train = [\"a\"]\nformat = \"classification\"", "job.toml:10:10: [data] format: ", "not built yet"),
     case(8, "train = [\"a\"]\npacking = true", "job.toml:10:11: [data] packing: ", "true, which is not built yet; use false"),
     case(END, "[checkpoint]\nasync = \"yes\"", "job.toml:11:9: [checkpoint] async: ", "true or false"),
+    case(END, "[checkpoint]\nevery_steps = 500\nkeep_every = 750", "job.toml:12:14: [checkpoint] keep_every: ", "a multiple of every_steps, 500"),
     case(END, "[checkpoint]\nkeep_every = -1", "job.toml:11:14: [checkpoint] keep_every: ", "from 0"),
     case(6, "seq_len = 8\non_nonfinite = \"warn\"", "job.toml:8:16: [training] on_nonfinite: ", "\"skip\""),
     case(END, "[metrics]\ntensorboard = true", "job.toml:11:15: [metrics] tensorboard: ", "not built yet; use false"),

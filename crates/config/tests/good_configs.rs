@@ -72,7 +72,7 @@ every_steps = 100
 prompts = [\"1 + 1 =\", \"line\\nbreak\"]
 max_new_tokens = 5
 [checkpoint]
-every_steps = 0
+every_steps = 25
 keep = 3
 keep_every = 50
 resume = \"out/checkpoints/step-00000010\"

@@ -14,6 +14,10 @@ use tokenizers::{ModelWrapper, PostProcessorWrapper, Tokenizer};
 use crate::error::DataError;
 use crate::format::Format;
 
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+
 /// The largest tokenizer.json is about 35 MB.
 const MAX_FILE_BYTES: u64 = 256 << 20;
 /// Of the files beside it. In memory a value takes tens of times the bytes of its text.
@@ -36,10 +40,20 @@ pub struct TextTokenizer {
     drops_characters: bool,
 }
 
-/// xxh3-128 digest of a model folder's tokenizer.json, as 32 hexadecimal digits; of nothing where there is no such file.
-pub fn tokenizer_digest(dir: &Path) -> String {
-    let bytes = std::fs::read(dir.join("tokenizer.json")).unwrap_or_default();
-    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&bytes))
+/// xxh3-128 digest of a model folder's tokenizer files, as 32 hexadecimal digits; of nothing where there are none.
+///
+/// # Errors
+/// One is there and cannot be read.
+pub fn tokenizer_digest(dir: &Path) -> Result<String, DataError> {
+    let mut digest = xxhash_rust::xxh3::Xxh3::new();
+    for (name, max_bytes) in
+        [(TOKENIZER, MAX_FILE_BYTES), (TOKENIZER_CONFIG, MAX_CONFIG_BYTES), (SPECIAL_TOKENS, MAX_CONFIG_BYTES)]
+    {
+        if let Some(bytes) = read_bounded(&dir.join(name), max_bytes)? {
+            digest.update(&bytes);
+        }
+    }
+    Ok(format!("{:032x}", digest.digest128()))
 }
 
 impl TextTokenizer {
@@ -48,7 +62,7 @@ impl TextTokenizer {
     /// The beginning of sequence is added to texts if `add_bos_token` in tokenizer_config.json says so or, where that
     /// is silent, if the post-processor of tokenizer.json does.
     pub fn open(dir: &Path) -> Result<Self, DataError> {
-        let path = dir.join("tokenizer.json");
+        let path = dir.join(TOKENIZER);
         let bytes = read_bounded(&path, MAX_FILE_BYTES)?.ok_or_else(|| DataError::Tokenizer {
             path: path.clone(),
             reason: "is missing; the model folder needs it (transformers writes it: \
@@ -80,8 +94,8 @@ impl TextTokenizer {
             .max_by_key(|(_, id)| *id)
             .ok_or_else(|| broken("its vocabulary is empty".to_owned()))?;
 
-        let config = read_json(&dir.join("tokenizer_config.json"))?;
-        let map = read_json(&dir.join("special_tokens_map.json"))?;
+        let config = read_json(&dir.join(TOKENIZER_CONFIG))?;
+        let map = read_json(&dir.join(SPECIAL_TOKENS))?;
         let special = |key: &str| {
             let token = token_text(&config[key]).or_else(|| token_text(&map[key]))?;
             tokenizer.token_to_id(token).map(i64::from)

@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::non_finite::BadFlow;
 use crate::optimizer::Optimizer;
 use crate::pass::{HeadMode, Pass, to_device};
-use crate::scaler::{DeviceScaler, MIN_SCALE};
+use crate::scaler::DeviceScaler;
 use crate::state::{ParamShard, Piece};
 use crate::timeline::{Lane, Span, Timeline};
 use crate::unit::UnitState;
@@ -249,18 +249,18 @@ impl Engine {
     /// Waits for the step's end. Steps are finished in the order of their starts.
     ///
     /// # Errors
-    /// The step had no valid token, or something was not finite and is not to be left out: it has changed nothing, and
-    /// neither has any later one.
+    /// The step had no valid token, or something was not finite and is not to be left out: it has changed nothing. Neither
+    /// has any later one, except where such steps are to be left out: who asks for that finishes each step before the next.
     pub fn finish_step(&mut self, step: StartedStep) -> Result<StepReport, EngineError> {
         step.done.synchronize()?;
         self.groups.check()?;
         let verdict = Vec::<f64>::try_from(&step.verdict)?;
-        let &[loss, grad_norm, num_tokens, num_stops, scale, peak_memory_bytes, ref paces @ ..] = verdict.as_slice()
+        let &[loss, grad_norm, num_tokens, num_stops, is_fatal, peak_memory_bytes, ref paces @ ..] = verdict.as_slice()
         else {
             unreachable!("a verdict starts with six numbers");
         };
-        let overflowed = self.scaler.is_some() && !grad_norm.is_finite() && loss.is_finite() && scale >= MIN_SCALE;
         let is_finite = loss.is_finite() && grad_norm.is_finite();
+        let overflowed = !is_finite && is_fatal == 0.0;
         let mut non_finite = None;
         if !is_finite && !overflowed {
             let _ = self.halted.f_zero_()?;
@@ -268,7 +268,8 @@ impl Engine {
                 return Err(EngineError::NoValidToken);
             }
             let place = self.find_non_finite(&step.batches)?;
-            if !self.config.skip_non_finite {
+            // Weights that are not finite stay so in every later step.
+            if !self.config.skip_non_finite || matches!(place, NonFinite::Weight { .. }) {
                 return Err(EngineError::NonFinite(place));
             }
             non_finite = Some(place);
@@ -332,9 +333,7 @@ impl Engine {
         let mut pass = Pass::new(std::slice::from_ref(batch), self.units.len(), HeadMode::Loss, self.device)?;
         pass.find_non_finite = true;
         self.forward_only(&mut pass)?;
-        let head_overflowed = !pass.loss_sum.f_double_value(&[])?.is_finite();
-        let in_head = || BadFlow { unit: self.units.len() - 1, microbatch: 0, sequences: 0 };
-        Ok(pass.first_non_finite.or_else(|| head_overflowed.then(in_head)))
+        Ok(pass.first_non_finite)
     }
 
     fn forward_only(&mut self, pass: &mut Pass<'_>) -> Result<(), EngineError> {

@@ -8,7 +8,7 @@ use fsdp_torch_ext::pinned;
 use tch::{Device, Kind, Tensor};
 
 use crate::engine::timed;
-use crate::non_finite::BadFlow;
+use crate::non_finite::{BadFlow, is_finite};
 use crate::timeline::Lane;
 use crate::unit::UnitState;
 use crate::{Engine, EngineError};
@@ -144,6 +144,16 @@ impl Engine {
                     HeadMode::Loss => {
                         let loss_sum = self.head.loss(norm, weight, &x, &batch.targets)?;
                         let _ = pass.loss_sum.f_add_(&loss_sum)?;
+                        if pass.find_non_finite && pass.first_non_finite.is_none() && !is_finite(&loss_sum)? {
+                            let len = self.config.seq_len as i64;
+                            let mut sequences = 0;
+                            for i in 0..batch.targets.size()[0] / len {
+                                let part = |t: &Tensor| t.f_narrow(0, i * len, len);
+                                let loss = self.head.loss(norm, weight, &part(&x)?, &part(&batch.targets)?)?;
+                                sequences |= i64::from(i < 63 && !is_finite(&loss)?) << i.min(62);
+                            }
+                            pass.first_non_finite = Some(BadFlow { unit, microbatch, sequences });
+                        }
                     }
                     HeadMode::NextTokens { rows, tokens } => {
                         *tokens = Some(self.head.argmax(norm, weight, &x, rows)?);

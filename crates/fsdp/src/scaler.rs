@@ -10,7 +10,7 @@ const BACKOFF_FACTOR: f64 = 0.5;
 const GROWTH_INTERVAL_STEPS: i64 = 2000;
 const INITIAL_SCALE: f64 = 65536.0;
 /// Below this the gradients themselves are not finite, and halving goes on for nothing.
-pub const MIN_SCALE: f64 = 1.0;
+const MIN_SCALE: f64 = 1.0;
 
 /// A loss scale as a checkpoint holds it.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -12,7 +12,7 @@ use crate::{Engine, EngineError, Pace, Piece};
 
 impl Engine {
     /// Updates the shards, or leaves them where something is not finite. Returns what the host has to know, in its memory
-    /// once the stream is there: loss, gradient norm, tokens, `num_stops`, loss scale, the ranks' peak memory, then each
+    /// once the stream is there: loss, gradient norm, tokens, `num_stops`, whether no smaller loss scale helps, the ranks' peak memory, then each
     /// rank's `pace` (busy, data, in microseconds); f64 `[6 + 2 * ranks]`.
     pub(crate) fn update(
         &mut self,
@@ -29,11 +29,12 @@ impl Engine {
         let bad = as_flag(&loss.f_isfinite()?.f_logical_and(&grad_norm.f_isfinite()?)?)?;
         // With fp16 an overflow of gradients is part of the course, as long as the loss scale can fall.
         let is_fatal = match &self.scaler {
-            _ if self.config.skip_non_finite => bad.f_zeros_like()?,
             Some(scaler) => bad.f_mul(&scaler.is_at_end()?)?.f_maximum(&loss_bad)?,
             None => bad.shallow_clone(),
         };
-        self.halted = self.halted.f_maximum(&is_fatal)?;
+        if !self.config.skip_non_finite {
+            self.halted = self.halted.f_maximum(&is_fatal)?;
+        }
         let found_inf = bad.f_maximum(&self.halted)?;
         let divisor = match self.config.max_grad_norm {
             Some(max) => clip_divisor(&grad_norm, max)?.f_mul(&loss_scale)?,
@@ -44,10 +45,9 @@ impl Engine {
         self.optimizer.step(&update, |start, master| param_shards.iter().try_for_each(|p| p.take(start, master)))?;
         self.groups.shards().shards_changed()?;
 
-        let mut scale = loss_scale;
         if let Some(scaler) = &mut self.scaler {
-            scaler.update(&bad)?;
-            scale = scaler.scale.f_to_kind(Kind::Double)?;
+            // What no smaller scale mends does not make it smaller.
+            scaler.update(&bad.f_sub(&is_fatal)?)?;
         }
         let (rank, world_size) = (self.groups.world().rank(), self.groups.world().world_size());
         let mut of_ranks = vec![0; 1 + 2 * world_size];
@@ -55,7 +55,8 @@ impl Engine {
         of_ranks[1 + 2 * rank..][..2].copy_from_slice(&[pace.busy, pace.data].map(|time| time.as_micros() as i64));
         let of_ranks = to_device(&of_ranks, self.device)?;
         pass.comm_time += timed(|| Ok(self.groups.world().all_reduce(&of_ranks, ReduceOp::Max)?))?;
-        let of_all = Tensor::f_stack(&[&loss, &grad_norm, &pass.num_tokens, num_stops, &scale], 0)?;
+        let of_all =
+            Tensor::f_stack(&[&loss, &grad_norm, &pass.num_tokens, num_stops, &is_fatal.f_to_kind(Kind::Double)?], 0)?;
         Self::to_host(&Tensor::f_cat(&[of_all, of_ranks.f_to_kind(Kind::Double)?], 0)?)
     }
 

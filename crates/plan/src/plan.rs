@@ -166,7 +166,7 @@ impl fmt::Display for Plan {
         }
         if self.checkpoint_copy_bytes > 0 {
             let bytes = format_bytes(self.checkpoint_copy_bytes);
-            writeln!(f, "  checkpoint copy {bytes:>12}  in the host's memory besides, while a checkpoint is written")?;
+            writeln!(f, "  checkpoint copy {bytes:>12}  in the host's memory besides, from the first checkpoint on")?;
         }
         writeln!(f)?;
         writeln!(f, "one training step of one rank")?;

@@ -20,6 +20,10 @@ use crate::weights;
 /// How long a file system of several nodes may take to show what another node has written.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(90);
 
+/// How long another rank may take to read its share of a checkpoint, which may be hundreds of gigabytes. Who dies meanwhile
+/// is noticed otherwise.
+const VERIFIED_WITHIN: Duration = Duration::from_secs(24 * 3600);
+
 /// The checkpoint's names of the engine's states.
 pub const STATES: [(State, StateKind); 3] =
     [(State::Param, StateKind::Param), (State::ExpAvg, StateKind::ExpAvg), (State::ExpAvgSq, StateKind::ExpAvgSq)];
@@ -35,12 +39,10 @@ pub struct TrainerState {
     pub optimizer_steps: u64,
     /// fp16: scale and steps since it changed.
     pub scaler: Option<(f64, u64)>,
-    /// Sequences of a step over all ranks; `None` in checkpoints of before it was kept.
-    #[serde(default)]
-    pub global_batch_size: Option<u64>,
-    /// The text of the model's `config.json`; likewise.
-    #[serde(default)]
-    pub model_config: Option<String>,
+    /// Sequences of a step over all ranks.
+    pub global_batch_size: u64,
+    /// The text of the model's `config.json`.
+    pub model_config: String,
 }
 
 /// The folder of a run's checkpoints.
@@ -69,7 +71,7 @@ impl Inputs {
         let dir = Path::new(&config.model.path);
         let path = dir.join("config.json");
         let model_config = std::fs::read_to_string(&path).map_err(|source| TrainError::Io { path, source })?;
-        Ok(Inputs { data_digest, tokenizer_digest: tokenizer_digest(dir), model_config })
+        Ok(Inputs { data_digest, tokenizer_digest: tokenizer_digest(dir)?, model_config })
     }
 }
 
@@ -104,7 +106,7 @@ pub fn choose(
         };
         check_same_job(config, inputs, checkpoint.manifest(), &path)?;
         let state = trainer_state(&checkpoint)?;
-        check_same_model(inputs, state.model_config.as_deref(), &path)?;
+        check_same_model(inputs, &state.model_config, &path)?;
         let num_files = checkpoint.manifest().files.len();
         let finding = match checkpoint.verify_files((rank..num_files).step_by(world_size)) {
             Ok(()) => None,
@@ -115,11 +117,11 @@ pub fn choose(
         if rank == 0 {
             let mut findings: Vec<Finding> = vec![];
             for other in 0..world_size {
-                findings.push(exchange.hear(&key(&other.to_string()), other)?);
+                findings.push(exchange.hear_within(&key(&other.to_string()), other, VERIFIED_WITHIN)?);
             }
             exchange.tell(&key("finding"), &findings.into_iter().flatten().next())?;
         }
-        match exchange.hear::<Finding>(&key("finding"), 0)? {
+        match exchange.hear_within::<Finding>(&key("finding"), 0, VERIFIED_WITHIN)? {
             Some(reason) => damaged.push((path, reason)),
             None => {
                 if rank == 0 {
@@ -144,8 +146,12 @@ pub fn choose(
 fn candidates(config: &JobConfig) -> Result<Vec<PathBuf>, TrainError> {
     let root = root(config);
     std::fs::create_dir_all(&root).map_err(|source| TrainError::Io { path: root.clone(), source })?;
-    for path in sharded::sweep(&root)? {
-        tracing::info!("removed {}, which an earlier run left unfinished", path.display());
+    match sharded::sweep(&root) {
+        Ok(removed) => removed.iter().for_each(|path| {
+            tracing::info!("removed {}, which an earlier run left unfinished", path.display());
+        }),
+        // It takes space, and is never taken for a checkpoint.
+        Err(error) => tracing::warn!("what an earlier run left unfinished stays: {error}"),
     }
     let all = sharded::list(&root)?;
     match (&config.checkpoint.resume, all.last()) {
@@ -191,9 +197,14 @@ fn attach(path: &Path, save_id: &str) -> Result<Checkpoint, TrainError> {
     let start = Instant::now();
     loop {
         match Checkpoint::attach(path, save_id) {
-            // Rank 0 has opened it, so what is missing or not whole here is an older view.
-            Err(error) if (error.is_missing() || error.is_damage()) && start.elapsed() < VISIBLE_WITHIN => {
-                std::thread::sleep(Duration::from_millis(500))
+            // What is missing or not whole here is an older view.
+            Err(error) if error.is_missing() || error.is_damage() => {
+                if start.elapsed() >= VISIBLE_WITHIN {
+                    let waited = VISIBLE_WITHIN.as_secs();
+                    let source = std::io::Error::other(format!("not as rank 0 sees it, for {waited} s: {error}"));
+                    return Err(TrainError::Io { path: path.to_path_buf(), source });
+                }
+                std::thread::sleep(Duration::from_millis(500));
             }
             opened => return Ok(opened?),
         }
@@ -254,8 +265,7 @@ fn check_same_job(config: &JobConfig, inputs: &Inputs, manifest: &Manifest, dir:
 }
 
 /// A model that computes something else has the same weights for nothing.
-fn check_same_model(inputs: &Inputs, saved: Option<&str>, dir: &Path) -> Result<(), TrainError> {
-    let Some(saved) = saved else { return Ok(()) };
+fn check_same_model(inputs: &Inputs, saved: &str, dir: &Path) -> Result<(), TrainError> {
     let saved = Architecture::parse(&dir.join("manifest.json"), saved)?;
     let now = Architecture::parse(Path::new("config.json"), &inputs.model_config)?;
     if saved == now {
@@ -287,7 +297,11 @@ impl Exchange<'_> {
 
     /// `rank` is who tells.
     fn hear<T: DeserializeOwned>(&mut self, key: &str, rank: usize) -> Result<T, TrainError> {
-        let bytes = self.store.get(key, self.timeout)?;
+        self.hear_within(key, rank, self.timeout)
+    }
+
+    fn hear_within<T: DeserializeOwned>(&mut self, key: &str, rank: usize, timeout: Duration) -> Result<T, TrainError> {
+        let bytes = self.store.get(key, timeout)?;
         serde_json::from_slice(&bytes).map_err(|source| TrainError::Message {
             rank,
             what: "a checkpoint to resume from",

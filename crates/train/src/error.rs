@@ -41,6 +41,8 @@ pub enum TrainError {
         /// Where the samples come from that it appeared with, if that is known.
         samples: Vec<String>,
     },
+    #[error("{num} steps in a row were not finite and left out; the last: {last}")]
+    LeftOut { num: u64, last: Box<TrainError> },
     /// The config, or the data, does not go with what the output folder holds.
     #[error("{0}")]
     BadInput(String),
@@ -80,7 +82,9 @@ impl TrainError {
                 ErrorKind::BadInput
             }
             TrainError::Engine(EngineError::NoValidToken) => ErrorKind::BadInput,
-            TrainError::NonFinite { .. } | TrainError::Engine(EngineError::NonFinite(_)) => ErrorKind::NonFinite,
+            TrainError::NonFinite { .. }
+            | TrainError::LeftOut { .. }
+            | TrainError::Engine(EngineError::NonFinite(_)) => ErrorKind::NonFinite,
             TrainError::Comm(e) | TrainError::Engine(EngineError::Comm(e)) => e.error_kind(),
             TrainError::Checkpoint(
                 CheckpointError::Io { .. } | CheckpointError::NoSpace { .. } | CheckpointError::Reports { .. },

@@ -24,9 +24,11 @@ use crate::error::TrainError;
 pub struct Saver {
     writer: Writer,
     is_async: bool,
-    in_flight: Option<JoinHandle<Result<Written, TrainError>>>,
+    in_flight: Option<JoinHandle<Result<(Snapshot, Store), TrainError>>>,
     /// Of the last save, whose memory the next copy takes.
     spare: Option<Snapshot>,
+    /// For the saves alone; with the save in flight while there is one.
+    store: Option<Store>,
     /// The step of the newest save that this run has begun, or that it began from.
     last_step: Option<u64>,
 }
@@ -45,16 +47,7 @@ struct Writer {
     total_bytes: u64,
     /// Unique for this start of the job; the same on all ranks.
     run_key: String,
-    master: (String, u16),
     timeout: Duration,
-}
-
-/// What is left of a save.
-#[derive(Debug)]
-struct Written {
-    snapshot: Snapshot,
-    step: u64,
-    took: Duration,
 }
 
 impl Saver {
@@ -65,9 +58,9 @@ impl Saver {
         env: &WorkerEnv,
         engine: &Engine,
         resumed_step: Option<u64>,
-        store: &mut Store,
     ) -> Result<Self, TrainError> {
         let timeout = Duration::from_secs(config.fsdp.timeout_secs);
+        let mut store = Store::connect((&env.master_addr, env.master_port), timeout)?;
         let plan = engine.plan();
         Ok(Saver {
             writer: Writer {
@@ -79,13 +72,13 @@ impl Saver {
                 rank: env.rank,
                 num_shards: plan.num_shards,
                 total_bytes: (STATES.len() * size_of::<f32>() * plan.num_params()) as u64,
-                run_key: agree_on_run_key(env.rank, store, timeout)?,
-                master: (env.master_addr.clone(), env.master_port),
+                run_key: agree_on_run_key(env.rank, &mut store, timeout)?,
                 timeout,
             },
             is_async: config.checkpoint.async_save,
             in_flight: None,
             spare: None,
+            store: Some(store),
             last_step: resumed_step,
         })
     }
@@ -111,8 +104,11 @@ impl Saver {
             let start = Instant::now();
             let snapshot = engine.snapshot(self.spare.take())?;
             tracing::debug!("copied the state after step {} in {:.3} s", state.step, start.elapsed().as_secs_f64());
-            let writer = self.writer.clone();
-            let write = move || writer.write(snapshot, state);
+            let (writer, mut store) = (self.writer.clone(), self.take_store());
+            let write = move || {
+                writer.write(&snapshot, &state, &mut store)?;
+                Ok((snapshot, store))
+            };
             let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
             self.in_flight = Some(thread.map_err(|source| TrainError::Io { path: self.writer.root.clone(), source })?);
         }
@@ -125,9 +121,9 @@ impl Saver {
         if self.last_step != Some(state.step) {
             self.last_step = Some(state.step);
             if self.writer.rank < self.writer.num_shards {
-                self.note(self.writer.write(engine.live_state()?, state)?);
-                // That was the state itself.
-                self.spare = None;
+                let mut store = self.take_store();
+                self.writer.write(&engine.live_state()?, &state, &mut store)?;
+                self.store = Some(store);
             }
         }
         Ok(engine.barrier()?)
@@ -150,41 +146,46 @@ impl Saver {
         Ok(engine.barrier()?)
     }
 
-    /// Waits for this rank's part of the save in flight.
-    fn wait(&mut self) -> Result<(), TrainError> {
+    /// Waits for this rank's part of the save in flight; on rank 0 that is until it is committed.
+    pub fn wait(&mut self) -> Result<(), TrainError> {
         if let Some(thread) = self.in_flight.take() {
             // A panic of that thread goes on in this one.
-            let written = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            self.note(written);
+            let (snapshot, store) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            (self.spare, self.store) = (Some(snapshot), Some(store));
         }
         Ok(())
     }
 
-    fn note(&mut self, written: Written) {
-        let Written { snapshot, step, took } = written;
-        self.spare = Some(snapshot);
-        tracing::info!("saved step {step} in {:.2} s", took.as_secs_f64());
+    fn take_store(&mut self) -> Store {
+        self.store.take().expect("no save is in flight, and one that failed is the last")
     }
 }
 
 impl Writer {
     /// Writes this rank's file; rank 0 then commits.
-    fn write(&self, snapshot: Snapshot, state: TrainerState) -> Result<Written, TrainError> {
+    fn write(&self, snapshot: &Snapshot, state: &TrainerState, store: &mut Store) -> Result<(), TrainError> {
         let start = Instant::now();
         let step = state.step;
         let save_id = format!("{}-{step}", self.run_key);
-        let result = self.write_as(&snapshot, &state, &save_id);
-        if result.is_err() {
-            // Whoever fails first removes it for all; the failure itself is what is reported.
-            let _ = sharded::abort(&self.root, step, &save_id);
+        let result = self.write_as(snapshot, state, &save_id, store);
+        match &result {
+            Ok(()) => tracing::info!("saved step {step} in {:.2} s", start.elapsed().as_secs_f64()),
+            // Where another rank has failed, the launcher, or the next start, removes what is left. The failure itself is
+            // what is reported.
+            Err(_) if self.rank == 0 => drop(sharded::abort(&self.root, step, &save_id)),
+            Err(_) => {}
         }
-        result?;
-        Ok(Written { snapshot, step, took: start.elapsed() })
+        result
     }
 
-    fn write_as(&self, snapshot: &Snapshot, state: &TrainerState, save_id: &str) -> Result<(), TrainError> {
+    fn write_as(
+        &self,
+        snapshot: &Snapshot,
+        state: &TrainerState,
+        save_id: &str,
+        store: &mut Store,
+    ) -> Result<(), TrainError> {
         let step = state.step;
-        let mut store = Store::connect((&self.master.0, self.master.1), self.timeout)?;
         // No rank takes any space before rank 0 has found enough for all.
         let has_space = format!("space/{save_id}");
         if self.rank == 0 {

@@ -124,8 +124,8 @@ impl Trainer {
         let resumed = checkpoints::choose(&config, &inputs, (rank, world_size), &mut store)?;
         // Another number of ranks takes as many sequences a step; the config that is saved stays as it is.
         let mut of_these_ranks = config.clone();
-        if let Some(global_batch_size) = resumed.as_ref().and_then(|r| r.state.global_batch_size) {
-            of_these_ranks.keep_global_batch(global_batch_size, world_size as u64)?;
+        if let Some(resumed) = &resumed {
+            of_these_ranks.keep_global_batch(resumed.state.global_batch_size, world_size as u64)?;
         }
         let plan = Plan::for_job(&of_these_ranks, arch, world_size, env.local_world_size)?;
         let validator = Validator::open(&config, dataset.format(), vocab_size, (rank, world_size))?;
@@ -176,7 +176,7 @@ impl Trainer {
             tch::get_num_threads(),
             start.elapsed().as_secs_f64()
         );
-        let saver = Saver::new(&config, inputs, env, &engine, resumed.map(|r| r.state.step), &mut store)?;
+        let saver = Saver::new(&config, inputs, env, &engine, resumed.map(|r| r.state.step))?;
         Ok(Trainer {
             tracer: Tracer::new(&config, rank),
             config,
@@ -208,6 +208,12 @@ impl Trainer {
                 Ok(outcome)
             }
             Err(error) => {
+                // All ranks stop at this step, and the save before it is as good as any.
+                if let TrainError::NonFinite { .. } | TrainError::LeftOut { .. } = error
+                    && let Err(error) = self.saver.wait()
+                {
+                    tracing::warn!("{error}");
+                }
                 let (dir, stem) = (self.config.output.dir.join("logs"), format!("flight-rank-{}", self.rank));
                 if let Err(error) = self.engine.write_flight_records(&dir, &stem) {
                     tracing::warn!("{error}");
@@ -245,8 +251,10 @@ impl Trainer {
             let validates = is_due(self.step, self.config.validation.as_ref().map_or(0, |v| v.every_steps)) || is_last;
             let every_steps = self.config.checkpoint.every_steps;
             let saves = is_due(self.step, every_steps) || (is_last && every_steps > 0);
-            // A GPU goes on with the next step while this one's verdict comes.
-            if validates || saves || self.engine.device() == Device::Cpu {
+            // A GPU goes on with the next step while this one's verdict comes, unless a step may have to be left out: what was
+            // wrong is found by computing it again over the same weights.
+            let leaves_out = self.config.training.on_nonfinite == OnNonfinite::Skip;
+            if validates || saves || leaves_out || self.engine.device() == Device::Cpu {
                 self.finish_step()?;
             }
             // Who asks to stop does not wait for a validation.
@@ -351,7 +359,7 @@ impl Trainer {
         self.num_left_out += 1;
         let error = self.not_finite(place, facts.position);
         if self.num_left_out == MAX_LEFT_OUT {
-            return Err(error);
+            return Err(TrainError::LeftOut { num: MAX_LEFT_OUT, last: Box::new(error) });
         }
         if self.rank == 0 {
             tracing::warn!("step {} is left out: {error}", facts.step);
@@ -361,13 +369,9 @@ impl Trainer {
 
     /// With the samples that it came from, where they are known.
     fn not_finite(&self, place: NonFinite, position: Position) -> TrainError {
-        let samples = place
-            .sequences()
-            .map_or(Ok(vec![]), |at| self.loader.places(position, at.rank, at.microbatch, &at.sequences));
-        match samples {
-            Ok(samples) => TrainError::NonFinite { place, samples },
-            Err(error) => error.into(),
-        }
+        let samples = place.sequences().map(|at| self.loader.places(position, at.rank, at.microbatch, &at.sequences));
+        // Data that cannot be read just now does not hide what is wrong.
+        TrainError::NonFinite { place, samples: samples.and_then(Result::ok).unwrap_or_default() }
     }
 
     /// Validation loss and answers; `false` if a rank was asked to stop meanwhile, and the rest was left out.
@@ -399,8 +403,8 @@ impl Trainer {
             position: self.loader.position(),
             optimizer_steps,
             scaler: scaler.map(|s| (s.scale, s.good_steps)),
-            global_batch_size: Some(self.loader.global_batch()),
-            model_config: Some(self.saver.model_config().to_owned()),
+            global_batch_size: self.loader.global_batch(),
+            model_config: self.saver.model_config().to_owned(),
         })
     }
 }

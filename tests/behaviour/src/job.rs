@@ -325,7 +325,11 @@ pub fn built(binary: &str) -> PathBuf {
         folder = folder.parent().expect("a target folder");
     }
     let profile = if folder.ends_with("release") { " --release" } else { "" };
-    let features = if binary == "fsdp-train-faults" { " -p fsdp-train --features faults" } else { "" };
+    let features = match binary {
+        "fsdp-train-faults" => " -p fsdp-train --features faults",
+        "examples/save_loop" => " -p fsdp-checkpoint --features faults --example save_loop",
+        _ => "",
+    };
     let path = folder.join(binary);
     assert!(path.exists(), "{binary} is missing: run `cargo build{profile}{features}` first");
     path

@@ -24,9 +24,10 @@ fn replicas_of_shards_train_save_and_resume_as_one() {
     assert_eq!(stopped.curve(), hybrid.curve());
     assert!(stopped.exported() == hybrid.exported(), "the exported models differ");
 
-    let ended = stopped.run(4, &[FP32, &["--set", "training.steps=30"]].concat());
-    assert_eq!(ended.status, 2, "{ended:?}");
-    assert!(ended.stderr.contains("2 shards") && ended.stderr.contains("4"), "{ended:?}");
+    // Four shards, and no replicas: the strategy may change.
+    let ended = stopped.finish(4, &[FP32, &["--set", "training.steps=30"]].concat());
+    assert!(ended.stderr.contains("resuming after step 10"), "{ended:?}");
+    assert_eq!(stopped.steps().len(), 30);
     let ended = stopped.run(3, &[FP32, HYBRID].concat());
     assert_eq!(ended.status, 2, "{ended:?}");
     assert!(ended.stderr.contains("[fsdp] shard_size: expected a divisor of the 3 ranks"), "{ended:?}");

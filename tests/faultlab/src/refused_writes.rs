@@ -6,7 +6,7 @@ use fsdp_tests_behaviour::job::{Ended, Job};
 
 use crate::saves::{BEHIND, IN_STEP, SHORT, SHORT_STEPS, assert_finishes_as, assert_goes_on, debris, newest_step};
 use crate::strace::{self, Sampled};
-use crate::tally::Tally;
+use crate::tally::{Tally, Times};
 use crate::tmpfs::Tmpfs;
 
 /// Names for `strace`, and how the operating system puts them.
@@ -17,7 +17,7 @@ const ERRORS: [(&str, &str); 3] =
 pub fn refused(tally: &mut Tally, n: usize) {
     let whole = Job::new();
     whole.finish(2, &[SHORT, IN_STEP].concat());
-    let mut num_calls = 0;
+    let (mut num_calls, times) = (0, Times::default());
     let cases: Vec<(&[&str], usize)> = vec![(IN_STEP, 0), (IN_STEP, 1), (BEHIND, 0), (BEHIND, 1)];
     for (i, &(mode, rank)) in cases.iter().enumerate() {
         let args = [SHORT, mode].concat();
@@ -29,12 +29,15 @@ pub fn refused(tally: &mut Tally, n: usize) {
             tally.check(format_args!("rank {rank}, {}: {inject}: {}", mode[1], call.line), || {
                 let job = Job::new();
                 let ended = job.spawn(strace::command(&job, 2, &args, rank, std::slice::from_ref(&inject))).wait();
+                if ended.status != 0 {
+                    times.add(ended.took);
+                }
                 assert_refused(&job, &ended, error, text);
                 assert_finishes_as(&job, 2, &args, &whole);
             });
         }
     }
-    tally.note(format!("{num_calls} calls of saves"));
+    tally.note(format!("out of {num_calls} calls of saves, runs that failed took {times}"));
     match Tmpfs::is_refused() {
         Some(reason) => tally.note(format!("no small disks: {reason}")),
         None => small_disks(tally),

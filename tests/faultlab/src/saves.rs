@@ -111,17 +111,17 @@ pub fn killed(tally: &mut Tally, n: usize) {
                 let before = newest_step(&job);
                 let (left, num_committed) = (debris(&job), fastrand::usize(0..3));
                 let mut running = job.start(2, &args);
+                // The sweep of what an earlier kill left is no save.
+                let saves = |job: &Job| debris(job).iter().any(|name| !left.contains(name));
                 if amid_save {
-                    // The sweep of what an earlier kill left is no save.
-                    let saves = |job: &Job| debris(job).iter().any(|name| !left.contains(name));
                     running.wait_until_or_end(|job| job.checkpoints().len() >= num_committed && saves(job));
                     std::thread::sleep(Duration::from_micros(fastrand::u64(0..3_000)));
                 } else {
                     std::thread::sleep(took.mul_f64(fastrand::f64()));
                 }
+                num_amid += usize::from(saves(&job));
                 num_kills += usize::from(kill(&running, &job, victim));
                 let ended = running.wait();
-                num_amid += usize::from(debris(&job).iter().any(|name| !left.contains(name)));
                 assert_goes_on(&job, &ended, before);
                 if ended.status == 0 {
                     break;
@@ -130,7 +130,7 @@ pub fn killed(tally: &mut Tally, n: usize) {
             assert_finishes_as(&job, 2, &args, &whole);
         });
     }
-    tally.note(format!("{num_kills} kills, {num_amid} left an unfinished save"));
+    tally.note(format!("{num_kills} kills, {num_amid} of them amid a save"));
 }
 
 /// Row 11: SIGKILL at each call of the checkpoint crate's loop of saves, and at about `n` calls of a real rank.

@@ -20,7 +20,7 @@ pub(super) const MANIFEST: &str = "manifest.json";
 const FORMAT_VERSION: u32 = 1;
 const MAX_MANIFEST_BYTES: u64 = 1 << 30;
 /// Of the trainer's state: bounds the memory that its values take.
-const MAX_TRAINER_BYTES: usize = 1 << 20;
+const MAX_TRAINER_BYTES: usize = 8 << 20;
 const SEAL_START: &str = "{\n  \"digest\": \"";
 const SEAL_END: &str = "\",\n";
 
@@ -200,7 +200,9 @@ impl Manifest {
     /// Reads, verifies and checks the manifest of a checkpoint folder.
     pub(super) fn read(dir: &Path) -> Result<Manifest> {
         let path = dir.join(MANIFEST);
-        if !path.is_file() && dir.is_dir() {
+        // A folder that cannot be looked into is not one that lacks its manifest.
+        let found = durable::unless_missing(path.metadata()).map_err(CheckpointError::io("open", &path))?;
+        if found.is_none_or(|found| !found.is_file()) && dir.is_dir() {
             return Err(CheckpointError::Missing { path });
         }
         match durable::read_text(&path, MAX_MANIFEST_BYTES) {

@@ -233,7 +233,10 @@ pub fn commit_on<F: FileSystem>(
     if durable::exists(fs, &final_dir)? {
         return Err(CheckpointError::Exists { path: final_dir });
     }
-    durable::write_new(fs, &temp_dir.join(MANIFEST), manifest.to_sealed_text().as_bytes())?;
+    // What cannot be read again is not committed.
+    let text = manifest.to_sealed_text();
+    Manifest::parse(&text, &temp_dir.join(MANIFEST))?;
+    durable::write_new(fs, &temp_dir.join(MANIFEST), text.as_bytes())?;
     durable::sync_dir(fs, &temp_dir)?;
     if let Err(error) = durable::rename(fs, &temp_dir, &final_dir) {
         // NFS may repeat a rename that it has done, and then report that it failed.

@@ -89,6 +89,7 @@ fn outputs(world: &mut World) {
             match place {
                 NonFinite::Output { unit, at } => {
                     assert_eq!((unit.as_str(), at.rank, at.microbatch), (expected, 0, 0), "{params:?} in {compute}");
+                    assert!(!at.sequences.is_empty(), "{params:?} in {compute}");
                 }
                 other => panic!("{other}"),
             }

@@ -8,7 +8,7 @@ use fsdp_checkpoint::sharded;
 use fsdp_config::{JobConfig, Resume};
 use fsdp_control::error_file::{self, Committed};
 use fsdp_control::lock::Lock;
-use fsdp_control::restarts::{MAX_FRUITLESS_STARTS, Reached, Start};
+use fsdp_control::restarts::Start;
 use fsdp_control::{ControlError, ExitStatus, lifeline};
 use rustix::process::Pid;
 
@@ -85,8 +85,13 @@ pub fn run(
         summary,
     };
     let result = run.attempts();
-    if let Err(failure) = &result {
-        run.summary.end(failure.status, vec![failure.message.clone()], None);
+    if let Err(failure) = &result
+        // A start that is refused leaves the summary of those before it, which say why.
+        && failure.status != ExitStatus::DoNotRerun
+    {
+        let failure = failure.with_checkpoint(dir);
+        run.summary.set_checkpoint(newest_checkpoint(dir).ok().flatten());
+        run.summary.end(failure.status, vec![failure.message], None);
         run.write_summary();
     }
     run.outlets.finish(OUTPUT_PATIENCE);
@@ -144,10 +149,12 @@ impl Run<'_> {
     /// Start number `attempt` of the ranks, from 0, to its end. The head tells the others of `restart` when its store is
     /// there.
     fn attempt(&mut self, attempt: u32, restart: Option<Restart>) -> Result<Next, Failure> {
+        let dir = &self.checked.config.output.dir;
+        // Before the records are removed: who is refused looks at them.
+        let start = if self.place.is_head() { Some(begin(dir)?) } else { None };
         folder::write_resolved(&self.config, &self.config_path)?;
         self.remove_records()?;
         let started_at = now();
-        let dir = &self.checked.config.output.dir;
         let mut vars = restart_vars(self.ranks, attempt);
         vars.push(self.guard.variable());
         let node_start = NodeStart {
@@ -164,7 +171,6 @@ impl Run<'_> {
         if self.signals.take() != Arrived::Nothing {
             return Err(nodes::stopped_early());
         }
-        let start = if self.place.is_head() { Some(begin(dir)?) } else { None };
         match restart {
             None => self.nodes.start_all(self.ranks.world_size, &self.ranks.run_id, self.ranks.max_restarts),
             Some(restart) => {
@@ -196,10 +202,6 @@ impl Run<'_> {
             None => {}
         }
 
-        // All ranks of all nodes have ended: what is unfinished stays so, and takes space that is needed.
-        if let Err(error) = sharded::sweep(&dir.join("checkpoints")) {
-            self.outlets.stderr.push_line(&format!("fsdp-launch: {error}"));
-        }
         let checkpoint = newest_checkpoint(dir).unwrap_or_else(|error| {
             // The report comes first, whatever the file system says.
             self.outlets.stderr.push_line(&format!("fsdp-launch: {error}"));
@@ -208,7 +210,12 @@ impl Run<'_> {
         let resumes = self.checked.config.checkpoint.resume == Resume::Auto;
         let mut verdict = verdict(&history, &records, checkpoint.as_ref().map(|newest| newest.path.as_path()), resumes);
         if let Some(start) = start {
-            count(start, reached(dir), &mut verdict);
+            let cause = verdict.cause.as_ref().map(|cause| cause.headline.as_str());
+            let (status, last) = start.conclude(verdict.status, cause, reached(dir));
+            verdict.status = status;
+            if let Some(last) = last {
+                verdict.closing = vec![last];
+            }
         }
         if let Some(cause) = &verdict.cause {
             records.write_cause(cause);
@@ -226,7 +233,13 @@ impl Run<'_> {
         self.summary.add(ended, checkpoint);
         Ok(match restart {
             Some((restart, _)) => Next::Restart(restart),
-            None => Next::End(self.end(verdict)),
+            None => {
+                let status = self.end(verdict);
+                if self.place.is_head() && history.unkillable.is_empty() {
+                    self.sweep();
+                }
+                Next::End(status)
+            }
         })
     }
 
@@ -277,6 +290,14 @@ impl Run<'_> {
         verdict.status
     }
 
+    /// Removes what no rank will finish any more, which takes space: workers that start again do it themselves. Last, because
+    /// a file system may take long for it.
+    fn sweep(&mut self) {
+        if let Err(error) = sharded::sweep(&self.checked.config.output.dir.join("checkpoints")) {
+            self.outlets.stderr.push_line(&format!("fsdp-launch: {error}"));
+        }
+    }
+
     /// Records of earlier starts would be taken for this one's. The head's folder may be that of all nodes.
     fn remove_records(&self) -> Result<(), Failure> {
         if self.place.is_head() {
@@ -307,29 +328,4 @@ fn begin(dir: &Path) -> Result<Start, Failure> {
         ControlError::NoProgress { .. } => Failure::do_not_rerun(error),
         error => Failure::failed(error),
     })
-}
-
-/// Notes how a start ended; after too many that led nowhere the verdict is that there is to be no other.
-fn count(start: Start, reached: Reached, verdict: &mut Verdict) {
-    let path = start.path().to_owned();
-    let num_fruitless = match (verdict.status, &verdict.cause) {
-        (ExitStatus::Done, _) => {
-            start.finish();
-            0
-        }
-        (ExitStatus::Stopped | ExitStatus::Failed, Some(cause)) => start.fail(reached, &cause.headline),
-        _ => {
-            start.stop(reached);
-            0
-        }
-    };
-    if num_fruitless >= MAX_FRUITLESS_STARTS {
-        verdict.status = ExitStatus::DoNotRerun;
-        verdict.closing.clear();
-        verdict.closing.push(format!(
-            "{num_fruitless} starts in a row failed without a new step, so this run does not start again; find the cause, \
-             then delete {} to try again",
-            path.display()
-        ));
-    }
 }

@@ -18,7 +18,7 @@ impl Supervisor<'_> {
         let process = &mut self.ranks[index];
         let (end, peak_rss_bytes) =
             process.reap(self.outlets).map_err(|e| Failure::failed(format!("cannot wait for {process}: {e}")))?;
-        match process.mpirun {
+        match process.mpirun.clone() {
             None => self.take_rank_end(index, end, peak_rss_bytes),
             Some(ranks) => self.take_mpirun_end(index, ranks, end),
         }
@@ -58,6 +58,7 @@ impl Supervisor<'_> {
             last_lines: self.ranks[index].last_lines(),
             peak_rss_bytes: Some(peak_rss_bytes),
             oom: if end == End::Killed(SIGKILL) { self.oom_watch.take_kill() } else { None },
+            counts_oom: self.oom_watch.counts(),
             others: Vec::new(),
         };
         if stops || end == End::Exited(0) {
@@ -67,7 +68,6 @@ impl Supervisor<'_> {
         if failure.involves_others() && self.is_first_to_tell_of_others() {
             failure.others = self.places_but(rank);
         }
-        self.records.write(&failure);
         self.take_failure(failure);
     }
 
@@ -82,7 +82,7 @@ impl Supervisor<'_> {
             return;
         }
         let said = self.ranks[index].last_lines();
-        let failures = mpirun::failures(ranks, self.records.log_dir, &said, end);
+        let failures = mpirun::failures(&ranks, self.records.log_dir, &said, end);
         // The first rank that stops makes mpirun kill those that are not quite as far, and one that was still starting,
         // or an mpirun, had no handler for the wish to stop yet.
         let of_usr1 = [End::Exited(128 + SIGUSR1), End::Exited(SIGUSR1), End::Killed(SIGUSR1)];
@@ -102,13 +102,21 @@ impl Supervisor<'_> {
             if failure.end == End::Killed(SIGKILL) && failure.record.is_none() {
                 failure.oom = self.oom_watch.take_kill();
             }
-            self.records.write(&failure);
             self.take_failure(failure);
         }
     }
 
+    /// Notes a failure of one of this node's ranks, and does what it calls for.
+    fn take_failure(&mut self, failure: RankFailure) {
+        self.note_failure(failure);
+        // Last: a file system that hangs holds it up.
+        if let Some(noted) = self.history.failures.last() {
+            self.records.write(noted);
+        }
+    }
+
     /// Notes a failure of a rank, here or on another node, and does what it calls for.
-    pub fn take_failure(&mut self, failure: RankFailure) {
+    pub fn note_failure(&mut self, failure: RankFailure) {
         if !self.nodes.is_head {
             self.nodes.tell_all(&Message::RankFailed(Box::new(failure.clone())));
         }

@@ -1,11 +1,14 @@
 //! An exit status with its message.
 
 use std::fmt::Display;
+use std::path::Path;
 
 use fsdp_control::ExitStatus;
 
+use crate::folder::newest_checkpoint;
+
 /// Why the launcher itself gives up, before or without any rank's own failure.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Failure {
     pub status: ExitStatus,
     /// Complete: place, expected, got, what to do.
@@ -37,6 +40,22 @@ impl Failure {
 
     fn new(status: ExitStatus, message: impl Display) -> Self {
         Self { status, message: message.to_string(), is_said: false }
+    }
+
+    /// The same failure of a run in the output folder `dir`: where a checkpoint is committed, the run can go on from it.
+    pub fn with_checkpoint(&self, dir: &Path) -> Self {
+        match newest_checkpoint(dir) {
+            Ok(Some(committed)) if self.status == ExitStatus::Failed => Self {
+                status: ExitStatus::Stopped,
+                message: format!(
+                    "{}\nfsdp-launch: {} is committed; continue from it once this is put right",
+                    self.message,
+                    committed.path.display()
+                ),
+                is_said: self.is_said,
+            },
+            _ => self.clone(),
+        }
     }
 
     /// Prints it, once.

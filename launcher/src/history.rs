@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::link::Farewell;
 use crate::oom::OomKill;
+use crate::processes;
 use crate::rank::End;
 
 #[derive(Debug, Default)]
@@ -27,6 +28,8 @@ pub struct History {
     pub was_signalled: bool,
     /// Ranks were killed because they did not stop in time, or because a person insisted.
     pub forced: bool,
+    /// A step of this start was under way at its end, or done: what is lost is more than the time of loading.
+    pub has_begun: bool,
     /// Ranks that even SIGKILL did not end.
     pub unkillable: Vec<usize>,
 }
@@ -73,6 +76,9 @@ pub struct RankFailure {
     pub peak_rss_bytes: Option<u64>,
     /// The system killed it for memory.
     pub oom: Option<OomKill>,
+    /// Where it had, that would be known.
+    #[serde(default)]
+    pub counts_oom: bool,
     /// For the first that waited in vain, or met a different collective: where the other ranks were.
     pub others: Vec<RankPlace>,
 }
@@ -103,10 +109,24 @@ impl RankFailure {
         if self.kind() != Some(ErrorKind::CollectiveTimeout) {
             return None;
         }
-        self.others
-            .iter()
-            .filter(|place| place.is_absent_from(self.seq()))
-            .min_by_key(|place| place.order_of_suspicion())
+        let waits = self.at.as_ref().is_some_and(|at| at.waits);
+        let is_absent = |place: &&RankPlace| match self.missing() {
+            // It waited at the store, of which the counters say nothing.
+            missing if !waits && !missing.is_empty() => place.state.is_some() && missing.contains(&place.rank),
+            _ => place.is_absent_from(self.seq()),
+        };
+        self.others.iter().filter(is_absent).min_by_key(|place| place.order_of_suspicion())
+    }
+
+    /// Ranks that did not come, by the rank's own record.
+    fn missing(&self) -> &[usize] {
+        let collective = self.record.as_ref().and_then(|record| record.collective.as_ref());
+        collective.map_or(&[], |collective| &collective.missing)
+    }
+
+    /// It waited in vain, and it is known for whom.
+    pub fn knows_who(&self) -> bool {
+        self.kind() == Some(ErrorKind::CollectiveTimeout) && (self.absent().is_some() || !self.missing().is_empty())
     }
 
     /// Ranks that wait in the collective that this one entered last, in order; this one is one of them.
@@ -163,11 +183,16 @@ pub struct RankPlace {
 impl RankPlace {
     /// It lives, but had not come to collective `seq`, or is suspended.
     pub fn is_absent_from(&self, seq: u64) -> bool {
-        self.state.is_some() && (self.at.seq < seq || self.state == Some('T'))
+        self.state.is_some() && (self.at.seq < seq || self.is_suspended())
+    }
+
+    /// By a signal, or a debugger.
+    pub fn is_suspended(&self) -> bool {
+        self.state.is_some_and(processes::is_suspended)
     }
 
     /// Least for the one to blame: who is suspended, then who does not wait for others itself, then who is furthest behind.
     fn order_of_suspicion(&self) -> impl Ord + use<> {
-        (self.state != Some('T'), self.at.waits, self.at.seq)
+        (!self.is_suspended(), self.at.waits, self.at.seq)
     }
 }

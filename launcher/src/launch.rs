@@ -28,12 +28,19 @@ pub fn launch(args: &RunArgs) -> Result<ExitStatus, Failure> {
     // From here on a signal does not end the launcher: it ends the run.
     let mut signals = Signals::install().map_err(|e| Failure::failed(format!("cannot take over signals: {e}")))?;
     let checked = preflight_until_signal(&args.job, place.num_nodes, &mut signals);
-    let (mut nodes, ranks, checked) = meet(&place, args, checked, &mut signals)?;
-    let result = attempts::run(&place, &ranks, &checked, &mut nodes, &mut signals);
-    if let Err(failure) = &result {
-        nodes.give_up(&format!("node {} (host {})", place.node_rank, host_name()), failure);
-    }
-    result
+    let dir = checked.as_ref().ok().map(|checked| checked.config.output.dir.clone());
+    let result = meet(&place, args, checked, &mut signals).and_then(|(mut nodes, ranks, checked)| {
+        let result = attempts::run(&place, &ranks, &checked, &mut nodes, &mut signals);
+        if let Err(failure) = &result {
+            // The head's word is the run's status; what it hears from others it judges itself.
+            let dir = &checked.config.output.dir;
+            let failure = if nodes.is_head { failure.with_checkpoint(dir) } else { failure.clone() };
+            nodes.give_up(&format!("node {} (host {})", place.node_rank, host_name()), &failure);
+        }
+        result
+    });
+    // What the launcher itself fails at takes no checkpoint away.
+    result.map_err(|failure| dir.map_or(failure.clone(), |dir| failure.with_checkpoint(&dir)))
 }
 
 /// Checks the job on a thread of its own, because it may take long, and a signal is to end it at once.

@@ -15,8 +15,9 @@ use crate::failure::Failure;
 use crate::history::{RankFailure, RankPlace};
 use crate::processes::timespec;
 
-/// A machine that does not answer for so long is lost. Longer than a switch takes to find another way.
-pub const LOST_AFTER: Duration = Duration::from_secs(5);
+/// A machine that does not answer for so long is lost. Longer than a switch takes to find another way; and what is sent into
+/// the void has as long again, which is to come to less than 10 s.
+pub const LOST_AFTER: Duration = Duration::from_secs(4);
 
 /// More without a line's end is no message: a launcher's longest one has a config, or the last lines of a rank.
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -100,7 +101,7 @@ pub struct Ended {
     pub num_stopped: usize,
     pub forced: bool,
     pub unkillable: Vec<usize>,
-    /// Where ranks have failed: those that had ended as if nothing were wrong.
+    /// The first that ended as if nothing were wrong.
     #[serde(default)]
     pub early: Vec<RankFailure>,
 }
@@ -198,7 +199,11 @@ impl Link {
                 Ok(num) => drop(self.unsent.drain(..num)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => self.close(&error),
+                Err(error) => {
+                    // The last word of the other end may be here.
+                    self.read_some();
+                    self.close(&error);
+                }
             }
         }
     }
@@ -340,6 +345,7 @@ mod tests {
             last_lines: vec!["ü".repeat(1000); 20],
             peak_rss_bytes: Some(1 << 30),
             oom: Some(OomKill { limit_bytes: None }),
+            counts_oom: true,
             others: vec![place.clone()],
         };
         let (host, run_id) = ("h".to_owned(), "r".to_owned());

@@ -11,7 +11,8 @@
 //! - `folder`: lock and resolved config in the output folder
 //! - `attempts`, `start`: the ranks' starts, one after the other, and what becomes of the run
 //! - `rank`, `mpirun`: one rank's process, or the mpirun that stands for all; its pipes and its end
-//! - `supervise`, `ends`: the loop that waits for ranks, nodes, signals and deadlines; what a rank's end means
+//! - `supervise`, `ends`, `peers`: the loop that waits for ranks, nodes, signals and deadlines; what a rank's end means, and
+//!   what another launcher says
 //! - `history`, `verdict`, `report`: what happened; which failure came first and the exit status; what to say about it
 //! - `summary`: `logs/summary.json`
 //! - `guard`: what ends a killed launcher's processes
@@ -26,6 +27,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -54,6 +56,7 @@ mod mpirun;
 mod nodes;
 mod oom;
 mod output;
+mod peers;
 mod place;
 mod plan_command;
 mod preflight;
@@ -76,10 +79,15 @@ fn main() -> ExitCode {
         return guard::watch(&name.to_string_lossy()).into();
     }
     let cli = Cli::parse_from(cli::with_dashes(std::env::args_os()));
-    let status = run(&cli).unwrap_or_else(|mut failure| {
-        failure.say();
-        failure.status
-    });
+    // A panic has printed its message; its own exit status would be none of ours. Nothing of the run is used after it.
+    let status = match catch_unwind(AssertUnwindSafe(|| run(&cli))) {
+        Ok(Ok(status)) => status,
+        Ok(Err(mut failure)) => {
+            failure.say();
+            failure.status
+        }
+        Err(_) => ExitStatus::Failed,
+    };
     status.into()
 }
 

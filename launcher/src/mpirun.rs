@@ -123,15 +123,26 @@ pub struct MpirunStart<'a> {
 }
 
 /// The ranks of a started mpirun.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct MpirunRanks {
     pub num_ranks: usize,
     store: SocketAddr,
+    /// Wall-clock time of the start, nanoseconds since 1970: older records are those of earlier runs.
+    started_ns: u64,
+    /// How long the ranks' output files were then: what is in them is of earlier starts.
+    old_output_bytes: Vec<u64>,
 }
 
 impl MpirunStart<'_> {
+    /// Call it right before the start.
     pub fn ranks(&self) -> MpirunRanks {
-        MpirunRanks { num_ranks: self.num_ranks, store: self.store }
+        let old_bytes = |rank| std::fs::metadata(rank_output(self.log_dir, rank)).map_or(0, |metadata| metadata.len());
+        MpirunRanks {
+            num_ranks: self.num_ranks,
+            store: self.store,
+            started_ns: error_file::wall_ns(),
+            old_output_bytes: (0..self.num_ranks).map(old_bytes).collect(),
+        }
     }
 
     /// The command without its variables. mpirun leads a process group of its own, as a rank does.
@@ -174,15 +185,18 @@ fn is_handed_on(name: &str) -> bool {
 /// The failures of an mpirun's ranks, the first one first. They publish them in the store, which also notices a rank that
 /// is gone without a word; their files say more; and `said` by mpirun may be how such a rank ended. mpirun's own `end` has
 /// the status of the first one.
-pub fn failures(ranks: MpirunRanks, log_dir: &Path, said: &[String], end: End) -> Vec<RankFailure> {
+pub fn failures(ranks: &MpirunRanks, log_dir: &Path, said: &[String], end: End) -> Vec<RankFailure> {
     let mut records = published(ranks.store).unwrap_or_default();
     let mut unpublished = Vec::new();
     for rank in 0..ranks.num_ranks {
         // It may be on another machine.
         let Some(file) = error_file::read(log_dir, rank).ok().flatten() else { continue };
         match records.iter_mut().find(|record| record.rank == rank) {
-            Some(record) => *record = file,
-            None => unpublished.push(file),
+            Some(record) if (record.pid, &record.host) == (file.pid, &file.host) => *record = file,
+            // A rank of an earlier run may have written it after this one's start had removed the files.
+            Some(_) => {}
+            None if file.t_wall_ns >= ranks.started_ns => unpublished.push(file),
+            None => {}
         }
     }
     unpublished.sort_by_key(|record| record.t_wall_ns);
@@ -209,9 +223,10 @@ pub fn failures(ranks: MpirunRanks, log_dir: &Path, said: &[String], end: End) -
             end: if is_silent { end } else { End::Exited(record.exit_status) },
             step: (!is_silent).then_some(record.step),
             at: None,
-            last_lines: last_lines(log_dir, rank),
+            last_lines: last_lines(&rank_output(log_dir, rank), ranks.old_output_bytes[rank]),
             peak_rss_bytes: None,
             oom: None,
+            counts_oom: false,
             others: Vec::new(),
             record: Some(record),
         }
@@ -228,12 +243,12 @@ fn published(store: SocketAddr) -> Result<Vec<ErrorRecord>, ControlError> {
     failures::list(&mut Store::connect((&host, store.port()), STORE_PATIENCE)?)
 }
 
-/// The last lines that a rank printed, which are in a file of its own.
-fn last_lines(log_dir: &Path, rank: usize) -> Vec<String> {
+/// The last lines that a rank printed to its own file after the first `old_bytes`.
+fn last_lines(path: &Path, old_bytes: u64) -> Vec<String> {
     let mut tail = Tail::default();
-    let end = File::open(rank_output(log_dir, rank)).and_then(|mut file| {
+    let end = File::open(path).and_then(|mut file| {
         let len_bytes = file.metadata()?.len();
-        file.seek(SeekFrom::Start(len_bytes.saturating_sub(LAST_BYTES)))?;
+        file.seek(SeekFrom::Start(len_bytes.saturating_sub(LAST_BYTES).max(old_bytes)))?;
         let mut bytes = Vec::new();
         file.take(LAST_BYTES).read_to_end(&mut bytes)?;
         Ok(bytes)
@@ -287,6 +302,7 @@ pub fn reported_failure(lines: &[String]) -> Option<RankFailure> {
         last_lines: Vec::new(),
         peak_rss_bytes: None,
         oom: None,
+        counts_oom: false,
         others: Vec::new(),
     })
 }
@@ -305,6 +321,17 @@ mod tests {
             ("mpirun 1.0", None),
         ] {
             assert_eq!(flavour(version), expected, "{version}");
+        }
+    }
+
+    #[test]
+    fn last_lines_are_of_this_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = rank_output(dir.path(), 1);
+        assert!(last_lines(&path, 0).is_empty());
+        std::fs::write(&path, "old\nnew\n").unwrap();
+        for (old_bytes, expected) in [(0, &["old", "new"][..]), (4, &["new"]), (8, &[]), (9, &[])] {
+            assert_eq!(last_lines(&path, old_bytes), expected);
         }
     }
 

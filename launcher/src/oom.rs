@@ -1,11 +1,15 @@
-//! Whether the system killed a rank because memory ran out: its counters of such kills, before and after.
+//! Whether the system killed a rank because memory ran out: its counters of such kills, shortly before and after.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 /// Limits above this are none: the kernel's way of saying so is a number of pages near 2^63.
 const NO_LIMIT_BYTES: u64 = 1 << 60;
+
+/// How far apart looks are at least. A killed process ends within this time.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 /// A kill for memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,7 +22,9 @@ pub struct OomKill {
 #[derive(Debug)]
 pub struct OomWatch {
     counter: Counter,
-    num_known: u64,
+    /// At the look before the last one, with kills that have been asked for since; `None` where nothing is counted.
+    num_known: Option<u64>,
+    last_look: (Instant, Option<u64>),
 }
 
 #[derive(Debug)]
@@ -35,22 +41,38 @@ impl OomWatch {
     pub fn new() -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let counter = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
-        let num_known = counter.num_kills();
-        Self { counter, num_known }
+        let num_kills = counter.num_kills();
+        Self { counter, num_known: num_kills, last_look: (Instant::now(), num_kills) }
     }
 
-    /// A kill that has not been asked for yet, if there was one: call it for a process that SIGKILL has ended.
+    /// Looks now and then: a kill of long ago, of another process, is not to be taken for one that comes now.
+    pub fn look(&mut self) {
+        let (at, num_kills) = self.last_look;
+        if at.elapsed() >= LOOK_EVERY {
+            self.num_known = num_kills.max(self.num_known);
+            self.last_look = (Instant::now(), self.counter.num_kills());
+        }
+    }
+
+    /// A kill of late that has not been asked for yet, if there was one: call it for a process that SIGKILL has ended.
     pub fn take_kill(&mut self) -> Option<OomKill> {
-        if self.counter.num_kills() <= self.num_known {
+        let num_known = self.num_known.as_mut()?;
+        if self.counter.num_kills()? <= *num_known {
             return None;
         }
-        self.num_known += 1;
+        *num_known += 1;
         Some(OomKill { limit_bytes: self.counter.limit_bytes() })
+    }
+
+    /// A process that is killed for memory is counted.
+    pub fn counts(&self) -> bool {
+        self.num_known.is_some()
     }
 }
 
 impl Counter {
-    fn num_kills(&self) -> u64 {
+    /// `None` where the kernel does not count.
+    fn num_kills(&self) -> Option<u64> {
         match self {
             Self::V1(dir) => num_kills_below(dir),
             Self::V2(dir) => value_in(&dir.join("memory.events"), "oom_kill"),
@@ -60,7 +82,7 @@ impl Counter {
 
     fn limit_bytes(&self) -> Option<u64> {
         let limit_bytes = match self {
-            Self::V1(dir) => value_in(&dir.join("memory.stat"), "hierarchical_memory_limit"),
+            Self::V1(dir) => value_in(&dir.join("memory.stat"), "hierarchical_memory_limit").unwrap_or(u64::MAX),
             Self::V2(dir) => {
                 let limit = |dir: &Path| std::fs::read_to_string(dir.join("memory.max")).ok()?.trim().parse().ok();
                 dir.ancestors().filter_map(limit).min().unwrap_or(u64::MAX)
@@ -106,18 +128,18 @@ fn folder(mount: &str, is_v1: bool, path: &str) -> Option<PathBuf> {
     fits.then(|| Path::new(mount_point).join(below))
 }
 
-fn num_kills_below(dir: &Path) -> u64 {
+fn num_kills_below(dir: &Path) -> Option<u64> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    value_in(&dir.join("memory.oom_control"), "oom_kill")
-        + folders.map(|entry| num_kills_below(&entry.path())).sum::<u64>()
+    let own = value_in(&dir.join("memory.oom_control"), "oom_kill")?;
+    Some(own + folders.filter_map(|entry| num_kills_below(&entry.path())).sum::<u64>())
 }
 
-/// The number after `name` in a file of lines "name number"; 0 where there is none.
-fn value_in(path: &Path, name: &str) -> u64 {
+/// The number after `name` in a file of lines "name number".
+fn value_in(path: &Path, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok();
-    text.lines().find_map(value).unwrap_or(0)
+    text.lines().find_map(value)
 }
 
 #[cfg(test)]
@@ -149,13 +171,31 @@ mod tests {
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         write("memory.events", "low 0\noom 5\noom_kill 3\noom_group_kill 0\n");
         write("memory.max", "1073741824\n");
-        let mut watch = OomWatch { counter: Counter::V2(dir.path().to_owned()), num_known: 3 };
+        let watch = |known| {
+            let counter = Counter::V2(dir.path().to_owned());
+            OomWatch { counter, num_known: Some(known), last_look: (Instant::now(), Some(known)) }
+        };
+        let look_later = |watch: &mut OomWatch| {
+            watch.last_look.0 -= LOOK_EVERY;
+            watch.look();
+        };
+        let mut watch = watch(3);
         assert_eq!(watch.take_kill(), None);
         write("memory.events", "oom 9\noom_kill 5\n");
         for _ in 0..2 {
             assert_eq!(watch.take_kill(), Some(OomKill { limit_bytes: Some(1 << 30) }));
         }
         assert_eq!(watch.take_kill(), None);
+        // The last look is too fresh to tell an old kill from one whose process has just not ended yet.
+        write("memory.events", "oom_kill 6\n");
+        (0..2).for_each(|_| watch.look());
+        look_later(&mut watch);
+        assert!(watch.take_kill().is_some());
+        write("memory.events", "oom_kill 7\n");
+        (0..2).for_each(|_| look_later(&mut watch));
+        assert_eq!(watch.take_kill(), None);
+        write("memory.events", "oom_kill 8\n");
+        assert!(watch.take_kill().is_some() && watch.counts());
         // Version 1: a group counts for itself, and so its groups are asked too.
         let inner = dir.path().join("inner");
         std::fs::create_dir(&inner).unwrap();
@@ -163,6 +203,7 @@ mod tests {
         std::fs::write(inner.join("memory.oom_control"), "oom_kill 2\n").unwrap();
         write("memory.stat", "cache 1\nhierarchical_memory_limit 9223372036854771712\n");
         let v1 = Counter::V1(dir.path().to_owned());
-        assert_eq!((v1.num_kills(), v1.limit_bytes()), (3, None));
+        assert_eq!((v1.num_kills(), v1.limit_bytes()), (Some(3), None));
+        assert_eq!(Counter::V1(dir.path().join("none")).num_kills(), None);
     }
 }

@@ -25,11 +25,16 @@ pub fn ask_group_to_stop(pid: Pid) {
     signal_group(pid, Signal::CONT);
 }
 
-/// The state letter of `/proc/PID/stat`: `T` is suspended, `Z` has ended.
+/// The state letter of `/proc/PID/stat`; see `man proc`.
 pub fn state(pid: Pid) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = stat.rsplit_once(')')?;
     rest.trim_start().chars().next()
+}
+
+/// Whether a process in that state does nothing until somebody lets it go on: a signal has suspended it, or a debugger.
+pub fn is_suspended(state: char) -> bool {
+    matches!(state, 'T' | 't')
 }
 
 /// This process's children, orphans of its descendants included (see `fsdp_control::lifeline::become_subreaper`).

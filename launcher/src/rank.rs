@@ -191,7 +191,7 @@ impl RankProcess {
     pub fn ask_to_end(&self, has_begun: bool) {
         match self.mpirun {
             None => {
-                if !has_begun || processes::state(self.pid) == Some('T') {
+                if !has_begun || processes::state(self.pid).is_some_and(processes::is_suspended) {
                     processes::signal_group(self.pid, Signal::KILL);
                 }
                 processes::ask_group_to_stop(self.pid);

@@ -160,7 +160,7 @@ fn describe_place(record: &mut ErrorRecord, place: &RankPlace) {
     (record.step, record.phase) = (place.at.step, Some(place.at.phase));
     record.causes = vec![
         match place.state {
-            Some('T') => "it is suspended".to_owned(),
+            _ if place.is_suspended() => "it is suspended".to_owned(),
             Some('D') => "the kernel holds it, as where a disk or a file system does not answer".to_owned(),
             _ if place.at.waits => "it waits for others itself".to_owned(),
             _ => format!("it is busy (phase {})", place.at.phase),
@@ -170,13 +170,16 @@ fn describe_place(record: &mut ErrorRecord, place: &RankPlace) {
             _ => format!("its last collective was {}", collective_text(&place.at.to_record(vec![], vec![]))),
         },
     ];
-    if place.state == Some('T') {
+    if place.is_suspended() {
         record.hint = Some("find out who suspended it".to_owned());
     }
 }
 
-/// "all_gather number 412 for layers.3 (1.5 MiB)".
+/// "all_gather number 412 for layers.3 (1.5 MiB)"; where ranks meet at the store, "barrier \"start\"".
 fn collective_text(collective: &Collective) -> String {
+    if collective.seq == 0 && !collective.unit.is_empty() {
+        return format!("{} {:?}", collective.op, collective.unit);
+    }
     let mut text = format!("{} number {}", collective.op, collective.seq);
     if !collective.unit.is_empty() {
         text += &format!(" for {}", collective.unit);
@@ -215,7 +218,7 @@ fn hint(failure: &RankFailure) -> Option<String> {
         End::Killed(_) if failure.oom.is_some() => {
             Some("lower [training] micro_batch_size or seq_len, use more ranks, or give the job more memory".to_owned())
         }
-        End::Killed(SIGKILL) => Some(
+        End::Killed(SIGKILL) if !failure.counts_oom => Some(
             "if nobody killed it, the machine ran out of memory (see dmesg): lower micro_batch_size or seq_len"
                 .to_owned(),
         ),

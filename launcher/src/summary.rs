@@ -104,6 +104,11 @@ impl Summary {
         self.checkpoint = checkpoint;
     }
 
+    /// The newest checkpoint where the launcher itself fails.
+    pub fn set_checkpoint(&mut self, checkpoint: Option<Committed>) {
+        self.checkpoint = checkpoint;
+    }
+
     pub fn end(&mut self, status: ExitStatus, report: Vec<String>, hint: Option<String>) {
         self.ended = Some(now());
         self.status = Some(status.code());

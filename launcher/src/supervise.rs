@@ -10,12 +10,13 @@
 //!      +--> (a victim: 0.5 s for the cause to show; where there is none but a rank that did not come, 0.3 s to end)
 //! ```
 //!
+//! Ranks that give up on one while the run is stopping lead to `Ending` as well.
+//!
 //! With several nodes each launcher passes through these phases with its own ranks and tells the others why. The head
 //! hears of all failures, and its word ends this start of the ranks for all launchers.
 
 use std::time::{Duration, Instant};
 
-use fsdp_control::ExitStatus;
 use fsdp_control::progress::Progress;
 use rustix::event::{PollFd, PollFlags};
 
@@ -168,12 +169,15 @@ impl<'a> Supervisor<'a> {
             if self.living().all(|rank| self.history.unkillable.contains(&rank.first_rank)) {
                 if !has_reported {
                     has_reported = true;
+                    self.history.has_begun = self.has_begun();
                     self.report_end();
                 }
                 if self.nodes.peers.iter().all(|peer| peer.is_done) {
                     return Ok(());
                 }
-                if !matches!(self.phase, Phase::Running | Phase::Stopping(None) | Phase::Waiting(_)) {
+                // Without a deadline yet, or with one for what the other nodes are still to be told.
+                let is_open = matches!(self.phase, Phase::Running | Phase::Suspecting(_) | Phase::Stopping(None));
+                if !is_open && !matches!(self.phase, Phase::Waiting(_)) {
                     let patience = if self.nodes.is_head { NODES_DEADLINE } else { HEAD_DEADLINE };
                     self.phase = Phase::Waiting(Instant::now() + patience);
                 }
@@ -182,6 +186,14 @@ impl<'a> Supervisor<'a> {
             // Signals first: a scheduler that signals all processes of a job has ranks die of its signal, not of a fault.
             for &event in &ready {
                 self.handle(event)?;
+            }
+            self.oom_watch.look();
+            // What a failed write has closed makes no descriptor ready any more.
+            for index in 0..self.nodes.peers.len() {
+                let peer = &self.nodes.peers[index];
+                if !peer.is_done && peer.link.closed().is_some() {
+                    self.hear(index);
+                }
             }
             if self.ask_again.is_some_and(|at| Instant::now() >= at) {
                 self.ask_to_stop();
@@ -196,7 +208,8 @@ impl<'a> Supervisor<'a> {
     fn report_end(&mut self) {
         if !self.nodes.is_head {
             let History { num_stopped, forced, ref unkillable, ref early, .. } = self.history;
-            let early = if let Phase::Ending(_) | Phase::Killed(_) = self.phase { early.clone() } else { Vec::new() };
+            // One that others may miss, and one for the case that it is itself who misses them.
+            let early = early.iter().take(2).cloned().collect();
             let ended = Ended { num_stopped, forced, unkillable: unkillable.clone(), early };
             self.nodes.tell_all(&Message::Ended(ended));
         }
@@ -259,11 +272,11 @@ impl<'a> Supervisor<'a> {
     }
 
     /// Asks all ranks to finish the step, save and exit; once. A wish with a deadline may come after one without.
-    fn stop(&mut self, has_deadline: bool) {
+    pub fn stop(&mut self, has_deadline: bool) {
         let is_news = !self.history.was_signalled;
         self.history.was_signalled = true;
         let is_first = match self.phase {
-            Phase::Running | Phase::Suspecting(_) => true,
+            Phase::Running => true,
             Phase::Stopping(None) if has_deadline => false,
             // Too late for this start, but there is to be no other.
             _ => {
@@ -273,17 +286,31 @@ impl<'a> Supervisor<'a> {
                 return;
             }
         };
-        self.history.stop_requested = true;
+        self.history.stop_requested |= self.history.failures.is_empty();
         self.nodes.tell_all(&Message::Stop { has_deadline });
         self.phase = Phase::Stopping(has_deadline.then(|| Instant::now() + STOP_DEADLINE));
+        let ends_at_once = has_deadline && !self.has_begun();
         if is_first {
-            let at_most =
-                if has_deadline { format!(" ({} s at most)", STOP_DEADLINE.as_secs()) } else { String::new() };
-            self.outlets
-                .stderr
-                .push_line(&format!("fsdp-launch: asked to stop; the ranks finish the step and save{at_most}"));
+            let how = match has_deadline {
+                _ if ends_at_once => "there is nothing to save yet, and the ranks end at once".to_owned(),
+                true => format!("the ranks finish the step and save ({} s at most)", STOP_DEADLINE.as_secs()),
+                false => "the ranks finish the step and save".to_owned(),
+            };
+            self.outlets.stderr.push_line(&format!("fsdp-launch: asked to stop; {how}"));
+        }
+        if ends_at_once {
+            // Ranks may be in a wait that only a time limit ends, or read for long.
+            self.kill();
+        } else if is_first {
             self.ask_to_stop();
         }
+    }
+
+    /// A step is under way, or was, as far as is known: of an mpirun's ranks nothing is.
+    fn has_begun(&self) -> bool {
+        let has_begun =
+            |(index, rank): (usize, &RankProcess)| rank.mpirun.is_some() || self.progress.snapshot(index).step > 0;
+        self.ranks.iter().enumerate().any(has_begun)
     }
 
     fn ask_to_stop(&mut self) {
@@ -298,7 +325,7 @@ impl<'a> Supervisor<'a> {
     }
 
     /// A person does not want to wait.
-    fn force(&mut self) {
+    pub fn force(&mut self) {
         self.history.was_signalled = true;
         if !self.history.forced {
             self.history.forced = true;
@@ -353,88 +380,15 @@ impl<'a> Supervisor<'a> {
     /// A victim was seen: its cause should show soon, here or on another node. Only the head hears of all, and so it alone
     /// decides what follows where none shows.
     pub fn suspect(&mut self) {
-        if self.phase == Phase::Running && self.nodes.is_head {
+        let is_open = match self.phase {
+            Phase::Running => true,
+            // A rank that ends early in a stop takes the others' peer away, which is all right; but one that hangs never
+            // ends.
+            Phase::Stopping(_) => self.history.is_hang(),
+            _ => false,
+        };
+        if is_open && self.nodes.is_head {
             self.phase = Phase::Suspecting(Instant::now() + CAUSE_DEADLINE);
         }
-    }
-
-    /// Takes what another launcher has to say.
-    fn hear(&mut self, index: usize) {
-        self.nodes.peers[index].link.write_some();
-        self.nodes.peers[index].link.read_some();
-        // What comes after the head's word is for the next start.
-        while self.word.is_none()
-            && let Some(message) = self.nodes.peers[index].link.take()
-        {
-            self.take_message(index, message);
-        }
-        if self.word.is_none()
-            && let Some(reason) = self.nodes.peers[index].link.closed().map(str::to_owned)
-        {
-            self.lose(index, &reason);
-        }
-    }
-
-    fn take_message(&mut self, index: usize, message: Message) {
-        let peer = &mut self.nodes.peers[index];
-        match message {
-            Message::Stop { has_deadline } => self.stop(has_deadline),
-            Message::End { is_hang } => self.end_all_once(if is_hang { Ending::Hang } else { Ending::Failure }),
-            Message::Kill => self.force(),
-            Message::RankFailed(failure) => self.take_failure(*failure),
-            Message::WhereAre { failed } => {
-                let ranks = self.places_but(failed);
-                self.nodes.peers[index].link.send(&Message::Places { failed, ranks });
-            }
-            Message::Places { failed, ranks } => {
-                if let Some(failure) = self.history.failures.iter_mut().find(|failure| failure.rank == failed) {
-                    failure.others.extend(ranks);
-                }
-            }
-            Message::Ended(ended) => {
-                peer.is_done = true;
-                self.history.num_stopped += ended.num_stopped;
-                self.history.forced |= ended.forced;
-                self.history.unkillable.extend(ended.unkillable);
-                self.history.early.extend(ended.early);
-            }
-            Message::GaveUp(farewell) => {
-                peer.is_done = true;
-                self.history.lost_node = true;
-                self.history.add_fault(Farewell::new(farewell.failure_status(), farewell.lines));
-                self.end_all(Ending::Failure);
-            }
-            Message::Verdict(farewell) => {
-                peer.is_done = true;
-                self.word = Some(Word::Verdict(farewell));
-                // They have ended, unless the head gives up.
-                self.end_all_once(Ending::Failure);
-            }
-            Message::Restart(restart) => {
-                peer.is_done = true;
-                self.word = Some(Word::Restart(restart));
-            }
-            Message::Hello(_) | Message::Start(_) => self.lose(index, "it sent a message out of turn"),
-        }
-    }
-
-    /// As [`Supervisor::end_all`], on the word of another launcher, which hears no echo.
-    fn end_all_once(&mut self, why: Ending) {
-        if matches!(self.phase, Phase::Running | Phase::Suspecting(_) | Phase::Stopping(_)) {
-            self.end_all(why);
-        }
-    }
-
-    /// Another launcher is gone, or as good as gone.
-    fn lose(&mut self, index: usize, reason: &str) {
-        let peer = &mut self.nodes.peers[index];
-        if peer.is_done {
-            return;
-        }
-        peer.is_done = true;
-        let line = format!("{} is lost: {reason}", peer.name());
-        self.history.lost_node = true;
-        self.history.add_fault(Farewell::new(ExitStatus::Failed, vec![line]));
-        self.end_all(Ending::LostNode);
     }
 }

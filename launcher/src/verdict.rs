@@ -51,7 +51,13 @@ pub fn verdict(history: &History, records: &Records<'_>, checkpoint: Option<&Pat
         status = ExitStatus::Stopped;
     }
     let mut closing = Vec::new();
-    if history.forced {
+    // A launcher that was stopped before its ranks started.
+    if cause.is_none()
+        && let Some(fault) = &history.fault
+    {
+        closing.extend(fault.lines.iter().cloned());
+    }
+    if history.forced && history.has_begun {
         let secs = STOP_DEADLINE.as_secs();
         closing.push(format!("ranks were killed before they had saved (a second Ctrl-C, or longer than {secs} s)"));
     }
@@ -80,13 +86,16 @@ pub fn verdict(history: &History, records: &Records<'_>, checkpoint: Option<&Pat
 fn judge(history: &History, records: &Records<'_>) -> (ExitStatus, Option<Cause>) {
     // A fault is noted only where it came before any rank's failure that can be a cause.
     if let Some(fault) = &history.fault {
+        if fault.status() == ExitStatus::Stopped {
+            return (ExitStatus::Stopped, None);
+        }
         let (headline, details) =
             fault.lines.split_first().map_or_else(Default::default, |(first, rest)| (first.clone(), rest.to_vec()));
         return (fault.status(), Some(Cause { headline, remarks: Vec::new(), details, record: None }));
     }
     match culprit(history) {
-        // A rank that ends early in a stop takes the others' peer away: that is no failure of theirs.
-        Some(failure) if failure.is_primary() || !history.stop_requested => {
+        // A rank that ends early in a stop takes the others' peer away: that is no failure of theirs. One that hangs is.
+        Some(failure) if failure.is_primary() || failure.knows_who() || !history.stop_requested => {
             let status = match failure.end {
                 End::Exited(code) if code == ExitStatus::BadInput.code() => ExitStatus::BadInput,
                 End::Exited(code) if code == ExitStatus::DoNotRerun.code() => ExitStatus::DoNotRerun,
@@ -94,6 +103,8 @@ fn judge(history: &History, records: &Records<'_>) -> (ExitStatus, Option<Cause>
             };
             (status, Some(records.cause(failure, &history.failures)))
         }
+        // Where no step had begun, nothing is lost.
+        _ if history.forced && history.stop_requested && !history.has_begun => (ExitStatus::Stopped, None),
         _ if history.forced => (ExitStatus::Failed, None),
         // A signal that came too late for a step to stop at changes nothing: the run is done.
         culprit if history.num_stopped > 0 || culprit.is_some() => (ExitStatus::Stopped, None),
@@ -108,13 +119,13 @@ fn culprit(history: &History) -> Option<&RankFailure> {
     let failures = &history.failures;
     let primary = failures.iter().find(|failure| failure.is_primary());
     let missed = if history.stop_requested { None } else { history.missed() };
-    let knows_who = failures.iter().find(|failure| failure.absent().is_some());
+    let knows_who = failures.iter().find(|failure| failure.knows_who());
     primary.or(missed).or(knows_who).or(failures.first())
 }
 
 #[cfg(test)]
 mod tests {
-    use fsdp_control::error_file::{ErrorKind, ErrorRecord};
+    use fsdp_control::error_file::{Collective, ErrorKind, ErrorRecord};
     use fsdp_control::progress::Phase;
     use signal_hook::consts::SIGKILL;
 
@@ -146,6 +157,7 @@ mod tests {
             last_lines: vec![],
             peak_rss_bytes: Some(5 << 28),
             oom: None,
+            counts_oom: false,
             others: vec![],
         }
     }
@@ -190,7 +202,14 @@ mod tests {
         let stopped = History { num_stopped: 2, ..History::default() };
         let asked = History { stop_requested: true, num_stopped: 2, ..History::default() };
         let too_late = History { stop_requested: true, ..History::default() };
-        let forced = History { stop_requested: true, forced: true, num_stopped: 2, ..History::default() };
+        let forced =
+            History { stop_requested: true, forced: true, has_begun: true, num_stopped: 2, ..History::default() };
+        let forced_early = History { stop_requested: true, forced: true, num_stopped: 1, ..History::default() };
+        let other_stopped = History {
+            fault: Some(Farewell::new(ExitStatus::Stopped, vec!["node 1: stopped".to_owned()])),
+            lost_node: true,
+            ..History::default()
+        };
         let victims = History {
             stop_requested: true,
             num_stopped: 1,
@@ -203,6 +222,8 @@ mod tests {
             (asked, 75, 75),
             (too_late, 0, 0),
             (forced, 75, 1),
+            (forced_early, 75, 75),
+            (other_stopped, 75, 75),
             (victims, 75, 75),
         ] {
             for (has_checkpoint, status) in [(true, with), (false, without)] {
@@ -253,6 +274,15 @@ mod tests {
             assert_eq!((record.run_id.as_deref(), record.attempt, record.retryable), (Some("run"), 2, true));
             assert_eq!((record.phase, record.hint.is_some()), (Some(Phase::ForwardBackward), true));
         }
+        (killed.oom, killed.counts_oom) = (None, true);
+        let line = judged(&after(vec![killed]), false).lines().swap_remove(0);
+        assert!(
+            line.ends_with(
+                "SIGKILL at step 7; something outside of this run sent the signal: see logs/rank-1.log in the \
+                                output folder"
+            ),
+            "{line}"
+        );
         let exited = judged(&after(vec![failure(2, End::Exited(3), None)]), false);
         assert_eq!(
             exited.lines()[0],
@@ -318,6 +348,42 @@ mod tests {
             history.failures.push(failure(1, End::Killed(SIGKILL), None));
             assert!(judged(&history, true).lines()[0].contains("rank 1 ("));
         }
+    }
+
+    /// A signal without a deadline leaves ranks the time that they want; one that hangs would take it for ever.
+    #[test]
+    fn a_rank_that_hangs_while_the_run_stops_is_named() {
+        let mut victim = failure(0, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
+        victim.others = vec![place(1, at(7, 41, "layers.2", false), Some('t'))];
+        let lost = failure(2, End::Exited(1), Some(ErrorKind::PeerLost));
+        let history = History { stop_requested: true, was_signalled: true, ..after(vec![lost, victim]) };
+        let lines = judged(&history, true).lines();
+        assert!(lines[0].starts_with("fsdp-launch: rank 1 (host h, pid 101) did not come to all_gather number 42"));
+        assert!(lines[0].contains("it is suspended"), "{lines:?}");
+        assert_eq!(judged(&history, false).status, ExitStatus::Failed);
+    }
+
+    /// Where ranks meet at the store, the counters of collectives do not tell who is missing; the record does.
+    #[test]
+    fn a_rank_that_does_not_come_to_a_barrier_of_the_store_is_named() {
+        let mut victim = failure(0, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
+        victim.at = Some(at(7, 42, "layers.3", false));
+        let (op, unit) = ("barrier".to_owned(), "save of step 10".to_owned());
+        let barrier = Collective { op, unit, entered: vec![0], missing: vec![2], ..Collective::default() };
+        victim.record.as_mut().unwrap().collective = Some(barrier);
+        victim.others =
+            vec![place(1, at(7, 42, "layers.3", false), Some('S')), place(2, at(7, 42, "layers.3", false), Some('D'))];
+        let knows_nobody = failure(1, End::Exited(1), Some(ErrorKind::CollectiveTimeout));
+        let lines = judged(&after(vec![knows_nobody, victim]), false).lines();
+        assert_eq!(
+            lines[..2],
+            [
+                "fsdp-launch: rank 2 (host h, pid 102) did not come to barrier \"save of step 10\" at step 7; the kernel holds \
+                 it, as where a disk or a file system does not answer; its last collective was all_gather number 42 for \
+                 layers.3 (1.5 MiB)",
+                "  rank 0 waits in barrier \"save of step 10\"",
+            ]
+        );
     }
 
     /// An MPI's ranks have no counters, but say for whom they wait; that one was then killed.

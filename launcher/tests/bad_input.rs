@@ -2,8 +2,10 @@
 
 mod job;
 
+use std::collections::BTreeMap;
 use std::process::Stdio;
 
+use fsdp_checkpoint::sharded::{self, Chunk, ManifestMeta, ShardWriter, State};
 use job::{Job, end};
 
 /// A wrong change to a right job, the flags it is started with, and what the message must say.
@@ -140,12 +142,18 @@ fn check_says_what_it_found_and_starts_nothing() {
 fn a_config_that_does_not_continue_the_checkpoint_is_refused_with_both_values() {
     let job = Job::new(5);
     assert_eq!(job.run(2, "", &[]).status, 0);
-    let manifest = serde_json::json!({
-        "format_version": 1, "save_id": "a", "step": 3, "world_size": 2, "config": job.read("out/config.toml"),
-        "data_digest": "", "tokenizer_digest": "", "trainer": null, "versions": {}, "files": [], "chunks": [],
-    });
-    std::fs::create_dir_all(job.path("out/checkpoints/step-00000003")).unwrap();
-    job.write("out/checkpoints/step-00000003/manifest.json", manifest.to_string());
+    let root = job.path("out/checkpoints");
+    let chunk = Chunk { state: State::Param, name: "w", shape: &[1], start: 0, len: 1 };
+    let mut writer = ShardWriter::create(&root, 3, "a", 0, 1, &[chunk]).unwrap();
+    writer.write_f32(&[1.0]).unwrap();
+    let meta = ManifestMeta {
+        config: job.read("out/config.toml"),
+        data_digest: String::new(),
+        tokenizer_digest: String::new(),
+        trainer: serde_json::Value::Null,
+        versions: BTreeMap::new(),
+    };
+    sharded::commit(&root, 3, "a", &[writer.finish().unwrap()], meta).unwrap();
     assert_eq!(job.run(2, "", &["--set", "training.steps=6"]).status, 0);
     let ended = job.run(2, "", &["--set", "optimizer.lr=0.5", "--set", "training.seed=9"]);
     assert_eq!(ended.status, 2, "{ended:?}");

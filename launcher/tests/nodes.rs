@@ -75,6 +75,7 @@ fn a_ranks_failure_ends_all_nodes_with_the_same_status_and_lines() {
         ("2 3 signal=9", &[][..], 1, "2", "was killed by SIGKILL at step 3"),
         ("0 4 exit=3", &[][..], 1, "0", "exited with status 3 at step 4"),
         ("2 4 exit=0", &[][..], 1, "2", "exited with status 0 at step 4"),
+        ("0 4 exit=75", &[][..], 1, "0", "exited with status 75 at step 4"),
         ("1 2 print=words;1 3 fail=93", &[][..], 93, "1", "failed at step 3: the loss is NaN"),
         ("2 0 exit=2", &[][..], 2, "2", "exited with status 2 before the first step"),
         (

@@ -163,7 +163,11 @@ fn three_starts_without_a_new_step_end_the_run_for_good() {
     assert_eq!(job.summary()["status"], 93);
     // Not another rank until somebody has looked.
     std::fs::remove_file(job.path("out/started-0")).unwrap();
+    let left = || ["summary.json", "error-rank-1.json"].map(|name| job.read(&format!("out/logs/{name}")));
+    let before = left();
+    assert!(before.iter().all(|text| !text.is_empty()), "{before:?}");
     let ended = run(&job, 2, "", "10", &EVERY_2);
+    assert_eq!(left(), before, "they say why");
     assert_eq!((ended.status, job.path("out/started-0").exists()), (93, false), "{ended:?}");
     assert!(
         ended.stderr.contains("was killed by SIGKILL at step 5; find the cause, then delete this file"),

@@ -4,6 +4,7 @@ mod job;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -328,6 +329,36 @@ fn a_signal_to_one_rank_or_to_all_processes_stops_the_run_as_well() {
     }
 }
 
+/// These signals set no deadline, and so only the others' time limit ends it.
+#[test]
+fn a_rank_that_hangs_while_the_run_stops_is_named_and_killed() {
+    for signal in [Signal::USR1, Signal::USR2] {
+        let job = Job::new(1_000_000);
+        let child = job.start(3, "1 9 hang", &["--set", "fsdp.timeout_secs=2"]);
+        job.wait_for("out/acted-1-9");
+        send(child.id(), signal);
+        let ended = end(child);
+        assert_eq!((ended.status, named(&ended.stderr)), (1, vec!["1".to_owned()]), "{ended:?}");
+        assert!(ended.stderr.contains("did not come to all_reduce number 9"), "{ended:?}");
+        assert!(ended.took < Duration::from_secs(6), "{ended:?}");
+        job.assert_no_survivors(Duration::ZERO);
+    }
+}
+
+/// Ranks that read weights hear nothing for long; there is nothing to save either.
+#[test]
+fn a_stop_before_the_first_step_ends_the_ranks_at_once() {
+    let job = Job::new(1_000_000);
+    let child = job.start(3, "2 0 hang", &[]);
+    job.wait_for("out/acted-2-0");
+    send(child.id(), Signal::TERM);
+    let ended = end(child);
+    assert_eq!(ended.status, 75, "{ended:?}");
+    assert!(ended.stderr.contains("stopped before the first checkpoint"), "{ended:?}");
+    assert!(ended.took < Duration::from_secs(3), "{ended:?}");
+    job.assert_no_survivors(Duration::ZERO);
+}
+
 /// From the first moment on: no status but 75, no process left.
 #[test]
 fn signals_while_ranks_start_end_the_run_too() {
@@ -467,7 +498,17 @@ fn a_missing_worker_is_named() {
     let ended = job.run(2, "", &[]);
     assert_eq!(ended.status, 1, "{ended:?}");
     assert!(ended.stderr.contains("bin/fsdp-train: expected the worker's binary beside fsdp-launch"), "{ended:?}");
-    // A file that is no program is noticed when the first rank starts.
-    job.write("bin/fsdp-train", "no program");
-    assert_eq!(job.run(2, "", &[]).status, 1);
+    // A file that cannot be run is noticed when the first rank starts.
+    job.write("bin/fsdp-train", "#!/nonexistent/shell\n");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(job.path("bin/fsdp-train"), executable).unwrap();
+    let ended = job.run(2, "", &[]);
+    assert_eq!((ended.status, &job.summary()["status"]), (1, &1.into()), "{ended:?}");
+    assert!(ended.stderr.contains("cannot start rank 0"), "{ended:?}");
+    // Where there is a checkpoint, the run can go on from it nevertheless.
+    std::fs::create_dir_all(job.path("out/checkpoints/step-00000007")).unwrap();
+    job.write("out/checkpoints/step-00000007/manifest.json", "{}");
+    let ended = job.run(2, "", &[]);
+    assert_eq!((ended.status, &job.summary()["status"]), (75, &75.into()), "{ended:?}");
+    assert!(ended.stderr.contains("out/checkpoints/step-00000007 is committed"), "{ended:?}");
 }

@@ -159,7 +159,6 @@ pub struct ErrorRecord {
 impl ErrorRecord {
     /// A record of this process and this moment; the optional fields are empty.
     pub fn new(rank: usize, local_rank: usize, kind: ErrorKind, message: String, exit_status: ExitStatus) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         ErrorRecord {
             schema: SCHEMA,
             rank,
@@ -168,7 +167,7 @@ impl ErrorRecord {
             pid: std::process::id(),
             run_id: None,
             attempt: 0,
-            t_wall_ns: now.as_nanos() as u64,
+            t_wall_ns: wall_ns(),
             t_mono_ns: monotonic_ns(),
             step: 0,
             phase: None,
@@ -186,6 +185,11 @@ impl ErrorRecord {
             hint: None,
         }
     }
+}
+
+/// The wall-clock time as records have it, nanoseconds since 1970.
+pub fn wall_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
 }
 
 /// Who, where, when and why, in one line: "rank 1 (host a, pid 7) failed at step 3: disk full".

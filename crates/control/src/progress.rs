@@ -77,13 +77,12 @@ pub enum Phase {
     Load = 1,
     /// Fetching the step's batch.
     Data = 2,
+    /// With clipping and the update.
     ForwardBackward = 3,
-    /// Clipping and the update.
-    Optimizer = 4,
-    Checkpoint = 5,
-    Validation = 6,
+    Checkpoint = 4,
+    Validation = 5,
     /// Writing the finished model.
-    Export = 7,
+    Export = 6,
 }
 
 impl Phase {
@@ -93,10 +92,9 @@ impl Phase {
             1 => Phase::Load,
             2 => Phase::Data,
             3 => Phase::ForwardBackward,
-            4 => Phase::Optimizer,
-            5 => Phase::Checkpoint,
-            6 => Phase::Validation,
-            7 => Phase::Export,
+            4 => Phase::Checkpoint,
+            5 => Phase::Validation,
+            6 => Phase::Export,
             _ => return None,
         })
     }
@@ -109,7 +107,6 @@ impl fmt::Display for Phase {
             Phase::Load => "load",
             Phase::Data => "data",
             Phase::ForwardBackward => "forward_backward",
-            Phase::Optimizer => "optimizer",
             Phase::Checkpoint => "checkpoint",
             Phase::Validation => "validation",
             Phase::Export => "export",
@@ -335,7 +332,7 @@ mod tests {
 
     #[test]
     fn codes_and_names_go_together() {
-        for code in 0..=7 {
+        for code in 0..=6 {
             let phase = Phase::from_code(code).unwrap();
             assert_eq!(phase as u32, code);
             assert_eq!(serde_json::to_string(&phase).unwrap(), format!("\"{phase}\""));
@@ -343,7 +340,7 @@ mod tests {
         for code in 0..=6 {
             assert_eq!(Op::from_code(code).unwrap() as u32, code);
         }
-        assert_eq!((Phase::from_code(8), Op::from_code(7)), (None, None));
+        assert_eq!((Phase::from_code(7), Op::from_code(7)), (None, None));
     }
 
     #[test]

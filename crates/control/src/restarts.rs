@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ControlError;
+use crate::{ControlError, ExitStatus};
 
 /// After so many fruitless starts in a row there is no other.
-pub const MAX_FRUITLESS_STARTS: u32 = 3;
+const MAX_FRUITLESS_STARTS: u32 = 3;
 
 /// How much of the end of a step log is looked at, in bytes. A line has some hundred.
 const LOG_END_BYTES: u64 = 64 << 10;
@@ -42,7 +42,7 @@ struct Count {
     last_failure: String,
 }
 
-/// A start of the run. One of its methods ends it; dropped, it does not count.
+/// A start of the run. [`Start::conclude`] ends it; dropped, it does not count.
 #[derive(Debug)]
 #[must_use = "a start is counted when it ends"]
 pub struct Start {
@@ -76,10 +76,39 @@ impl Start {
         Ok(start)
     }
 
+    /// Notes how the start ended: with `status`, and with `cause` where something failed. What fails whatever is done, and
+    /// bad input, counts for nothing: it is told of at once.
+    ///
+    /// Gives the status with which the run is to end, and what to say about it: where this was the last start, that it was,
+    /// and where the count is.
+    pub fn conclude(self, status: ExitStatus, cause: Option<&str>, reached: Reached) -> (ExitStatus, Option<String>) {
+        let path = self.path.clone();
+        let num_fruitless = match (status, cause) {
+            (ExitStatus::Done, _) => {
+                self.finish();
+                0
+            }
+            (ExitStatus::Stopped | ExitStatus::Failed, Some(cause)) => self.fail(reached, cause),
+            (ExitStatus::Stopped | ExitStatus::Failed, None) | (ExitStatus::BadInput | ExitStatus::DoNotRerun, _) => {
+                self.stop(reached);
+                0
+            }
+        };
+        if num_fruitless < MAX_FRUITLESS_STARTS {
+            return (status, None);
+        }
+        let last = format!(
+            "{num_fruitless} starts in a row failed without a new step, so this run does not start again; find the cause, \
+             then delete {} to try again",
+            path.display()
+        );
+        (ExitStatus::DoNotRerun, Some(last))
+    }
+
     /// The run has failed by `cause`. How many starts in a row have now led nowhere.
     ///
     /// A file that cannot be written is no reason to fail otherwise: then this start is not counted the next time.
-    pub fn fail(mut self, reached: Reached, cause: &str) -> u32 {
+    fn fail(mut self, reached: Reached, cause: &str) -> u32 {
         if !self.count_progress(reached) {
             self.count.num_fruitless += 1;
         }
@@ -90,20 +119,15 @@ impl Start {
 
     /// The run was stopped on somebody's wish, or did not come to train. That counts for nothing, but what it has reached
     /// does.
-    pub fn stop(mut self, reached: Reached) {
+    fn stop(mut self, reached: Reached) {
         if self.count_progress(reached) {
             self.forget();
         }
     }
 
     /// The run is done: nothing is left to count.
-    pub fn finish(self) {
+    fn finish(self) {
         self.forget();
-    }
-
-    /// Where the count is.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Whether the run has got somewhere; then the starts before do not count any more.
@@ -224,6 +248,32 @@ mod tests {
         assert_eq!((fail(), fail()), (1, 2));
         Start::begin(dir.path(), reached(4, 4)).unwrap().stop(reached(5, 5));
         assert_eq!(fail(), 1);
+    }
+
+    #[test]
+    fn statuses_and_causes_say_what_counts() {
+        use ExitStatus::{BadInput, DoNotRerun, Done, Failed, Stopped};
+        for (status, cause, counts) in [
+            (Failed, Some("a bug"), true),
+            (Stopped, Some("a bug"), true),
+            (Stopped, None, false),
+            // Killed at somebody's wish.
+            (Failed, None, false),
+            (BadInput, Some("no such key"), false),
+            (DoNotRerun, Some("the loss is NaN"), false),
+            (Done, None, false),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            for round in 1..=3 {
+                let start = Start::begin(dir.path(), reached(0, 0)).unwrap();
+                let (got, last) = start.conclude(status, cause, reached(0, 0));
+                let is_last = counts && round == 3;
+                assert_eq!((got, last.is_some()), (if is_last { DoNotRerun } else { status }, is_last), "{status:?}");
+                if let Some(last) = last {
+                    assert!(last.starts_with("3 starts in a row") && last.contains("restarts.json"), "{last}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -57,6 +57,15 @@ impl BadFlow {
 }
 
 impl NonFinite {
+    /// The rank that has it, where one has.
+    pub fn rank(&self) -> Option<usize> {
+        match self {
+            NonFinite::Weight { rank, .. } | NonFinite::Gradient { rank, .. } => Some(*rank),
+            NonFinite::Output { at, .. } | NonFinite::OutputGradient { at, .. } => Some(at.rank),
+            NonFinite::Gone => None,
+        }
+    }
+
     /// The sequences that the person should look at.
     pub fn sequences(&self) -> Option<&Sequences> {
         match self {

@@ -14,7 +14,7 @@ use fsdp_config::{Backend, ConfigError, JobConfig};
 use fsdp_control::env::{StartedBy, WorkerEnv};
 use fsdp_control::error_file::{self, ErrorRecord};
 use fsdp_control::lock::Lock;
-use fsdp_control::restarts::{self, MAX_FRUITLESS_STARTS, Reached, Start};
+use fsdp_control::restarts::{self, Reached, Start};
 use fsdp_control::store::{Store, StoreServer};
 use fsdp_control::{ControlError, ExitStatus, failures};
 use serde::{Deserialize, Serialize};
@@ -193,7 +193,13 @@ impl Run {
     pub fn end(mut self, outcome: Result<Outcome, Box<ErrorRecord>>) -> ExitStatus {
         let start = self.start.take();
         let (status, cause) = self.judge(outcome);
-        start.map_or(status, |start| conclude(start, status, cause.as_ref(), &self.config.output.dir))
+        let Some(start) = start else { return status };
+        let cause = cause.map(|cause| cause.to_string());
+        let (status, last) = start.conclude(status, cause.as_deref(), reached(&self.config.output.dir));
+        if let Some(last) = last {
+            verdict::say(format_args!("fsdp-train: {last}"));
+        }
+        status
     }
 
     /// The status, and the first failure if there was one.
@@ -222,27 +228,6 @@ impl Run {
         verdict::report(&cause, self.env.rank, &Output::of(&self.config));
         (verdict::verdict(&cause, dir), Some(cause))
     }
-}
-
-/// Keeps count of the starts that led nowhere, and ends the run where they are too many.
-fn conclude(start: Start, status: ExitStatus, cause: Option<&ErrorRecord>, dir: &Path) -> ExitStatus {
-    match (status, cause) {
-        (ExitStatus::Done, _) => start.finish(),
-        (ExitStatus::BadInput | ExitStatus::DoNotRerun, _) | (ExitStatus::Stopped, None) => start.stop(reached(dir)),
-        (ExitStatus::Stopped | ExitStatus::Failed, cause) => {
-            let path = start.path().to_owned();
-            let num_fruitless = start.fail(reached(dir), &cause.map_or_else(String::new, ToString::to_string));
-            if num_fruitless >= MAX_FRUITLESS_STARTS {
-                verdict::say(format_args!(
-                    "fsdp-train: {num_fruitless} starts in a row ended without a new step; look at the cause, then delete {} \
-                     to try again",
-                    path.display()
-                ));
-                return ExitStatus::DoNotRerun;
-            }
-        }
-    }
-    status
 }
 
 /// How far the run in the output folder has come.

@@ -13,6 +13,7 @@ use fsdp_control::store::Store;
 use fsdp_data::{Position, tokenizer_digest};
 use fsdp_plan::Architecture;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use crate::error::TrainError;
 use crate::weights;
@@ -266,16 +267,18 @@ fn check_same_job(config: &JobConfig, inputs: &Inputs, manifest: &Manifest, dir:
 
 /// A model that computes something else has the same weights for nothing.
 fn check_same_model(inputs: &Inputs, saved: &str, dir: &Path) -> Result<(), TrainError> {
-    let saved = Architecture::parse(&dir.join("manifest.json"), saved)?;
-    let now = Architecture::parse(Path::new("config.json"), &inputs.model_config)?;
-    if saved == now {
+    let parse = |path: &Path, text| Architecture::parse(path, text);
+    if parse(&dir.join("manifest.json"), saved)? == parse(Path::new("config.json"), &inputs.model_config)? {
         return Ok(());
     }
-    let fields = |arch: &Architecture| -> Vec<String> { format!("{arch:#?}").lines().map(str::to_owned).collect() };
-    let (saved, now) = (fields(&saved), fields(&now));
-    let different = saved.iter().zip(&now).filter(|(saved, now)| saved != now);
-    let both = |(saved, now): (&String, &String)| format!("{} then, {} now", saved.trim(), now.trim());
-    let all: Vec<String> = different.map(both).take(5).collect();
+    let fields = |text| serde_json::from_str::<serde_json::Map<String, Value>>(text).unwrap_or_default();
+    let (saved, now) = (fields(saved), fields(&inputs.model_config));
+    let value =
+        |side: &serde_json::Map<String, Value>, key| side.get(key).map_or("nothing".to_owned(), Value::to_string);
+    let added = now.keys().filter(|key| !saved.contains_key(*key));
+    let different = saved.keys().chain(added).filter(|key| saved.get(*key) != now.get(*key));
+    let all: Vec<String> =
+        different.map(|key| format!("{key}: {} then, {} now", value(&saved, key), value(&now, key))).collect();
     Err(TrainError::BadInput(format!(
         "cannot resume from {}: the model's config.json changed since: {}; bring it back, or start in another output folder",
         dir.display(),

@@ -98,6 +98,14 @@ impl TrainError {
         }
     }
 
+    fn non_finite(&self) -> Option<&NonFinite> {
+        match self {
+            TrainError::NonFinite { place, .. } => Some(place),
+            TrainError::LeftOut { last, .. } => last.non_finite(),
+            _ => None,
+        }
+    }
+
     /// The unit at work, where the message does not say it.
     fn unit(&self) -> Option<String> {
         match self {
@@ -115,6 +123,8 @@ impl TrainError {
         record.step = whereabouts::step();
         record.phase = Some(whereabouts::phase());
         record.unit = self.unit();
+        // All ranks fail by it, and one has it.
+        record.primary &= self.non_finite().and_then(NonFinite::rank).is_none_or(|rank| rank == env.rank);
         if let TrainError::Control(ControlError::BarrierTimeout { name, missing, .. }) = self {
             let (op, unit, missing) = (Op::Barrier.to_string(), name.clone(), missing.clone());
             record.collective =

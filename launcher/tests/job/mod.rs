@@ -131,7 +131,7 @@ impl Job {
         end(self.start(num_ranks, script, args))
     }
 
-    /// Waits until every rank has come as far as its first step.
+    /// Waits until every rank has done its first step.
     pub fn wait_for_ranks(&self, num_ranks: usize) -> Vec<i32> {
         let deadline = Instant::now() + Duration::from_secs(20);
         let pids = |rank| {
@@ -140,8 +140,8 @@ impl Job {
         };
         loop {
             let started: Vec<i32> = (0..num_ranks).filter_map(pids).collect();
-            if started.len() == num_ranks {
-                // From there it is a rendezvous and a few milliseconds to the first step.
+            if started.len() == num_ranks && !self.read("out/metrics.jsonl").is_empty() {
+                // Where that is an earlier start's, it is a rendezvous and a few milliseconds to the first step.
                 std::thread::sleep(Duration::from_millis(60));
                 return started;
             }

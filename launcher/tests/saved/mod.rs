@@ -137,7 +137,7 @@ impl Run {
         let meta = ManifestMeta {
             config: self.config(),
             data_digest: "7:abc".to_owned(),
-            tokenizer_digest: format!("{:032x}", xxhash_rust::xxh3::xxh3_128(TOKENIZER.as_bytes())),
+            tokenizer_digest: fsdp_data::tokenizer_digest(&self.dir.path().join("model")).unwrap(),
             trainer: serde_json::json!({
                 "step": step, "position": {"epoch": 3, "sample": 12}, "optimizer_steps": step, "scaler": [1024.0, 7],
                 "global_batch_size": 8,

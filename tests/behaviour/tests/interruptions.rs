@@ -205,7 +205,11 @@ fn what_does_not_continue_a_checkpoint_is_refused_with_both_values() {
         assert_eq!(job.steps().len(), 20, "{args:?} leaves the run alone");
     }
     for (nproc, args, says) in [
-        (3, &every[..], "trained with 4 sequences a step, which do not divide evenly into microbatches of 2 on 3 ranks"),
+        (
+            3,
+            &every[..],
+            "trained with 4 sequences a step, which do not divide evenly into microbatches of 2 on 3 ranks",
+        ),
         (2, &[&every, &["--set", "training.steps=15"][..]].concat(), "expected at least the 20 that are done, got 15"),
     ] {
         let ended = job.run(nproc, args);

@@ -36,15 +36,16 @@ pub fn exact(tally: &mut Tally, n: usize) {
     for (i, (nproc, keys)) in KINDS.iter().enumerate().take(n) {
         let args = [set(keys), set(&["training.steps=30", "checkpoint.every_steps=3"])].concat();
         let whole = Job::new();
-        let took = whole.finish(*nproc, &args).took;
+        whole.finish(*nproc, &args);
         for number in (i..n).step_by(KINDS.len()) {
             let stops = number % 3 == 2;
             tally.check(format_args!("{nproc} ranks, {keys:?}, asked to stop: {stops}"), || {
                 let job = Job::new();
                 let mut running = job.start(*nproc, &args);
                 // Before the first checkpoint nothing is there to go on from.
-                running.wait_until_or_end(|job| newest_name(job) > 0);
-                std::thread::sleep(took.mul_f64(0.5 * fastrand::f64()));
+                let wanted = fastrand::u64(1..25);
+                running.wait_until_or_end(|job| newest_name(job) >= wanted);
+                std::thread::sleep(Duration::from_micros(fastrand::u64(0..5_000)));
                 if stops {
                     running.send(Signal::TERM);
                     num_stopped += 1;

@@ -64,7 +64,7 @@ pub const ROWS: &[Row] = &[
     Row { number: 15, num_default: 5, run: non_finite::stopped },
     Row { number: 16, num_default: 2, run: nodes::lost },
     Row { number: 17, num_default: 2, run: memory::eaten },
-    Row { number: 18, num_default: 6, run: nodes::missing },
+    Row { number: 18, num_default: 7, run: nodes::missing },
     Row { number: 19, num_default: 60, run: configs::wrong },
     Row { number: 20, num_default: 4, run: nodes::different },
     Row { number: 21, num_default: 65, run: hostile::model_files },

@@ -16,9 +16,13 @@ const PATIENCE: u64 = 20;
 /// Steps of one window.
 const WINDOW: usize = 10;
 
-/// Of a slow rank's time, in milliseconds: it is stopped so long, and runs so long.
-const STOPPED: Duration = Duration::from_millis(25);
-const RUNS: Duration = Duration::from_millis(20);
+/// A slow rank is stopped so long, and runs so long, over and over: it takes 2.5 times as long.
+const STOPPED: Duration = Duration::from_millis(18);
+const RUNS: Duration = Duration::from_millis(12);
+
+/// A model of which a step takes some ten milliseconds of computing.
+const LARGER: [(&str, &str); 2] =
+    [("\"hidden_size\": 16", "\"hidden_size\": 256"), ("\"intermediate_size\": 24", "\"intermediate_size\": 1024")];
 
 /// Row 6: a rank that takes twice as long for a step; then healthy runs, `n` of 50 windows each.
 pub fn of_ranks(tally: &mut Tally, n: usize) {
@@ -26,7 +30,10 @@ pub fn of_ranks(tally: &mut Tally, n: usize) {
         let culprit = fastrand::usize(0..3);
         match i % 2 {
             0 => tally.check(format_args!("rank {culprit} sleeps"), || sleeps(culprit)),
-            _ => tally.check(format_args!("rank {culprit} is stopped and continued"), || pauses(culprit)),
+            _ => {
+                let culprit = culprit % 2;
+                tally.check(format_args!("rank {culprit} of 2 is stopped and continued"), || pauses(culprit));
+            }
         }
     }
     let num_windows = n * 50;
@@ -61,11 +68,16 @@ fn sleeps(culprit: usize) {
     assert_warned(&ended, culprit);
 }
 
-/// The culprit is stopped more than half of the time from some step on.
+/// The culprit is stopped for more than half of the time from some step on. A rank for each core, and they compute.
 fn pauses(culprit: usize) {
     let job = Job::new();
+    for (from, to) in LARGER {
+        job.replace("model/config.json", from, to);
+    }
     let steps = format!("training.steps={}", SLOW_FROM + PATIENCE);
-    let mut running = job.spawn(job.faulty_command(3, &["--set", &steps], "rank=*,step=1,do=slow=15"));
+    let args = ["model.init=random", "training.seq_len=64", "training.micro_batch_size=8", &steps];
+    let args: Vec<&str> = args.iter().flat_map(|set| ["--set", set]).collect();
+    let mut running = job.start(2, &args);
     running.wait_for_step(SLOW_FROM);
     let pid = workers(&job.resolved_config())[culprit].pid;
     let is_over = AtomicBool::new(false);

@@ -1,7 +1,7 @@
 //! JSON lines of each format.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use fsdp_data::{CheckReport, DataError, DataSpec, Dataset, Format, Loader, check};
 use serde::de::IgnoredAny;
@@ -42,9 +42,9 @@ pub fn json_lines(data: &[u8]) {
     });
 }
 
-fn check_as(format: Format, folder: &Path, path: &PathBuf, data: &[u8]) {
+fn check_as(format: Format, folder: &Path, path: &Path, data: &[u8]) {
     let spec = DataSpec {
-        files: vec![path.clone()],
+        files: vec![path.to_path_buf()],
         format,
         tokenizer_dir: Some(folder.to_owned()),
         vocab_size: VOCAB_SIZE,

@@ -50,8 +50,8 @@ pub fn send(pid: i32, signal: Signal) {
     rustix::process::kill_process(Pid::from_raw(pid).expect("a process id"), signal).expect("a process of this test");
 }
 
-/// Sends `signal` to a process that may have ended.
-pub fn send_if_alive(pid: i32, signal: Signal) {
+/// Sends `signal` to a process that may have ended; whether it has not.
+pub fn send_if_alive(pid: i32, signal: Signal) -> bool {
     // The only error is that it has ended: it is of this test.
-    let _ = rustix::process::kill_process(Pid::from_raw(pid).expect("a process id"), signal);
+    rustix::process::kill_process(Pid::from_raw(pid).expect("a process id"), signal).is_ok()
 }

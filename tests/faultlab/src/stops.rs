@@ -70,11 +70,17 @@ fn deliver(job: &Job, running: &Running<'_>, to: To, signal: Signal) {
     match to {
         To::Launcher | To::EarlyLauncher => running.send(signal),
         To::OneRank => send(fastrand::choice(&ranks).expect("ranks").pid, signal),
-        To::AllRanks => ranks.iter().for_each(|rank| send_if_alive(rank.pid, signal)),
+        To::AllRanks => {
+            for rank in ranks {
+                send_if_alive(rank.pid, signal);
+            }
+        }
         // The first may have ended before the last hears of it.
         To::Everybody => {
             running.send(signal);
-            ranks.iter().for_each(|rank| send_if_alive(rank.pid, signal));
+            for rank in ranks {
+                send_if_alive(rank.pid, signal);
+            }
         }
         To::LauncherTwice => {
             running.send(signal);

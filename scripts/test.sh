@@ -35,7 +35,7 @@ say "quickstart"; scripts/quickstart.sh
 say "build";   cargo build --release --locked "${features[@]}"
 # The worker with faults that the fault laboratory asks for.
 cargo build --release --locked -p fsdp-train --bin fsdp-train-faults "${features[@]}" --features fsdp-train/faults
-say "lints";   cargo clippy --release --locked --workspace --all-targets "${features[@]}" -- -D warnings
+say "lints";   cargo clippy --release --locked --workspace --all-targets "${features[@]}" --features fsdp-train/faults -- -D warnings
 say "docs";    RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps --quiet
 say "tests";   cargo test --release --locked --workspace "${features[@]}"
 say "all tests passed"

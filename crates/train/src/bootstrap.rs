@@ -30,6 +30,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a launcher's store may take to accept: it listens before any rank starts.
 const LAUNCHER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How many of the others have heard what rank 0 makes of the config.
+const HEARD: &str = "heard";
+
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
 /// A rank's part in a run, from its config to its exit status.
@@ -106,10 +109,7 @@ impl Run {
             Ok(prepared) => prepared,
             Err(error) => {
                 announce(&mut store, &Announcement::Refused)?;
-                let (start, others) = (Instant::now(), env.world_size as i64 - 1);
-                while store.add("heard", 0)? < others && start.elapsed() < GRACE {
-                    std::thread::sleep(POLL_EVERY);
-                }
+                wait_until_heard(&mut store, &env)?;
                 return Err(error.into());
             }
         };
@@ -147,8 +147,8 @@ impl Run {
             what: "the config",
             source,
         })?;
+        ties.store.add(HEARD, 1)?;
         let Announcement::Config { digest: expected, resolved } = announcement else {
-            ties.store.add("heard", 1)?;
             ties.let_go();
             return Err(Refused { error: None, status: ExitStatus::BadInput });
         };
@@ -172,6 +172,10 @@ impl Run {
         match own.and_then(|()| wait_for_all(&mut ties.store, &self.env, timeout)) {
             Ok(None) => Ok(self),
             Ok(Some(cause)) => {
+                if self.server.is_some() {
+                    // Who comes after the store is gone would look for it.
+                    let _ = wait_until_heard(&mut ties.store, &self.env);
+                }
                 let message = format!("rank {} failed before the first step", cause.rank);
                 let record = verdict::peer_lost(self.env.rank, self.env.local_rank, message);
                 Err(Refused { error: None, status: self.end(Err(Box::new(record))) })
@@ -237,6 +241,15 @@ fn reached(dir: &Path) -> Reached {
         checkpoint_step: checkpoints.last().map_or(0, |(step, _)| *step),
         finished_step: restarts::finished_step(&dir.join("metrics.jsonl")),
     }
+}
+
+/// Rank 0: returns once all others have heard of the config, or of its refusal; after a while without them.
+fn wait_until_heard(store: &mut Store, env: &WorkerEnv) -> Result<(), ControlError> {
+    let (start, others) = (Instant::now(), env.world_size as i64 - 1);
+    while store.add(HEARD, 0)? < others && start.elapsed() < GRACE {
+        std::thread::sleep(POLL_EVERY);
+    }
+    Ok(())
 }
 
 /// Returns when all ranks have called it, or with the cause as soon as one has failed.

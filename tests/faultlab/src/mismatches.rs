@@ -45,26 +45,29 @@ const CASES: &[(Now, &[&str])] = &[
     (Now::Text { file: "model/tokenizer.json", from: "\"w7\": 7,", to: "\"v7\": 7," }, &["tokenizer", "digest"]),
     (
         Now::Model { from: "\"intermediate_size\": 24", to: "\"intermediate_size\": 32" },
-        &["config.json", "intermediate_size: 24", "intermediate_size: 32"],
+        &["config.json", "intermediate_size: 24 then, 32 now"],
     ),
-    (Now::Model { from: "\"vocab_size\": 48", to: "\"vocab_size\": 64" }, &["vocab_size: 48", "vocab_size: 64"]),
+    (Now::Model { from: "\"vocab_size\": 48", to: "\"vocab_size\": 64" }, &["vocab_size: 48 then, 64 now"]),
     (
         Now::Model { from: "\"num_hidden_layers\": 2", to: "\"num_hidden_layers\": 3" },
-        &["num_layers: 2", "num_layers: 3"],
+        &["num_hidden_layers: 2 then, 3 now"],
     ),
     (
         Now::Model { from: "\"num_hidden_layers\": 2", to: "\"num_hidden_layers\": 1" },
-        &["num_layers: 2", "num_layers: 1"],
+        &["num_hidden_layers: 2 then, 1 now"],
     ),
     // Of the same shapes.
-    (Now::Model { from: "\"rope_theta\": 10000.0", to: "\"rope_theta\": 500.0" }, &["rope_theta", "10000", "500"]),
+    (
+        Now::Model { from: "\"rope_theta\": 10000.0", to: "\"rope_theta\": 500.0" },
+        &["rope_theta: 10000.0 then, 500.0 now"],
+    ),
     (Now::Model { from: "\"rms_norm_eps\": 1e-6", to: "\"rms_norm_eps\": 1e-3" }, &["rms_norm_eps"]),
     (
         Now::Model {
             from: "\"num_attention_heads\": 4, \"num_key_value_heads\": 2",
             to: "\"num_attention_heads\": 2, \"num_key_value_heads\": 1",
         },
-        &["num_heads: 4", "num_heads: 2"],
+        &["num_attention_heads: 4 then, 2 now"],
     ),
     (
         Now::Manifest(|manifest| manifest.chunks.iter_mut().for_each(|chunk| chunk.dtype = "F16".to_owned())),

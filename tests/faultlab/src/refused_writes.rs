@@ -15,6 +15,18 @@ const ERRORS: [(&str, &str); 3] =
 
 /// Row 13: each call of a save fails, on either rank, with each error; and disks for one and a half checkpoints.
 pub fn refused(tally: &mut Tally, n: usize) {
+    match strace::is_missing() {
+        Some(reason) => tally.skip(reason),
+        None => calls(tally, n),
+    }
+    match Tmpfs::is_refused() {
+        Some(reason) => tally.skip(format!("no small disks: {reason}")),
+        None => small_disks(tally),
+    }
+}
+
+/// About `n` calls of saves, one by one.
+fn calls(tally: &mut Tally, n: usize) {
     let whole = Job::new();
     whole.finish(2, &[SHORT, IN_STEP].concat());
     let (mut num_calls, times) = (0, Times::default());
@@ -38,10 +50,6 @@ pub fn refused(tally: &mut Tally, n: usize) {
         }
     }
     tally.note(format!("out of {num_calls} calls of saves, runs that failed took {times}"));
-    match Tmpfs::is_refused() {
-        Some(reason) => tally.note(format!("no small disks: {reason}")),
-        None => small_disks(tally),
-    }
 }
 
 /// What a call that failed, if one did, has led to.

@@ -34,7 +34,7 @@ const CASES: &[Case] = &[
         &["job.toml:8:1: [training] local_batch_size", "[training] micro_batch_size"]),
     ("type", nothing, &["--set", "optimizer.lr=fast"], &["--set optimizer.lr=fast: [optimizer] lr", "above 0"]),
     ("range", |job| replace(job, "job.toml", "seq_len = 8", "seq_len = 0"), &[], &["job.toml:7:11: [training] seq_len"]),
-    ("not built", nothing, &["--set", "fsdp.strategy=no_shard"], &["[fsdp] strategy", "not built yet"]),
+    ("not built", nothing, &["--set", "activation_checkpointing.mode=selective"], &["[activation_checkpointing] mode", "not built yet"]),
     ("nodes", nothing, &["--nnodes", "0"], &["--nnodes", "expected a number of machines"]),
     ("node rank", nothing, &["--node-rank", "1"], &["--node-rank: expected 0"]),
     ("no node rank", nothing, &["--nnodes", "2"], &["--node-rank: expected 0 to 1 with --nnodes 2, got none"]),

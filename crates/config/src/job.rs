@@ -96,7 +96,8 @@ impl JobConfig {
     /// [`ConfigError::ShardSize`] if they do not make whole groups.
     pub fn num_shards(&self, world_size: u64, local_world_size: u64) -> Result<u64, ConfigError> {
         let shard_size = match self.fsdp.strategy {
-            Strategy::FullShard => world_size,
+            Strategy::FullShard | Strategy::ShardGradOp => world_size,
+            Strategy::NoShard => 1,
             Strategy::HybridShard => self.fsdp.shard_size.unwrap_or(local_world_size),
         };
         if world_size.is_multiple_of(shard_size) {
@@ -144,8 +145,12 @@ choices! {
     Strategy {
         /// Parameters, gradients and optimizer state over all ranks.
         FullShard = "full_shard",
-        /// The same over `shard_size` ranks; such groups are replicas, and their gradients are all-reduced.
+        /// The same, but each block stays unsharded from forward to backward.
+        ShardGradOp = "shard_grad_op",
+        /// As `full_shard` over `shard_size` ranks; such groups are replicas, and their gradients are all-reduced.
         HybridShard = "hybrid_shard",
+        /// Nothing: every rank is a replica (DDP).
+        NoShard = "no_shard",
     }
     /// What becomes of a step whose loss or gradient is not finite. It never changes the weights.
     OnNonfinite {
@@ -233,6 +238,9 @@ pub struct Model {
 pub struct Fsdp {
     pub strategy: Strategy,
     pub wrap: Wrap,
+    /// For the strategies that shard parameters in forward: so many blocks (all if there are fewer) stay unsharded from
+    /// forward to backward.
+    pub resident_units: u64,
     /// Units gathered ahead of the one that computes; 0 = none.
     pub prefetch: u64,
     pub backend: Backend,

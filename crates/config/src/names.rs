@@ -6,7 +6,20 @@ use crate::raw::{Entry, Place, RawConfig, RawTable, Value};
 /// All tables with their keys.
 pub(crate) const TABLES: &[(&str, &[&str])] = &[
     ("model", &["path", "init"]),
-    ("fsdp", &["strategy", "shard_size", "wrap", "prefetch", "backend", "device", "offload", "timeout_secs"]),
+    (
+        "fsdp",
+        &[
+            "strategy",
+            "shard_size",
+            "wrap",
+            "resident_units",
+            "prefetch",
+            "backend",
+            "device",
+            "offload",
+            "timeout_secs",
+        ],
+    ),
     ("precision", &["param", "reduce", "buffer", "override"]),
     ("activation_checkpointing", &["mode"]),
     ("optimizer", &["lr", "betas", "eps", "weight_decay"]),

@@ -61,8 +61,7 @@ fn model(s: &mut Section) -> Result<Model, ConfigError> {
 }
 
 fn fsdp(s: &mut Section) -> Result<Fsdp, ConfigError> {
-    let strategy =
-        s.choice("strategy", Strategy::CHOICES, &["shard_grad_op", "no_shard"])?.unwrap_or(Strategy::FullShard);
+    let strategy = s.choice("strategy", Strategy::CHOICES, &[])?.unwrap_or(Strategy::FullShard);
     let shard_size = match s.integer("shard_size", 1..=MAX_RANKS)? {
         Some(taken) if strategy != Strategy::HybridShard => {
             let got = format!("shard_size with strategy = {:?}", strategy.name());
@@ -70,9 +69,18 @@ fn fsdp(s: &mut Section) -> Result<Fsdp, ConfigError> {
         }
         taken => taken.map(|taken| taken.value),
     };
+    let resident_units = match s.integer("resident_units", 0..=10_000)? {
+        Some(taken) if taken.value > 0 && matches!(strategy, Strategy::ShardGradOp | Strategy::NoShard) => {
+            let got = format!("resident_units with strategy = {:?}, where all units are", strategy.name());
+            let expected = "strategy = \"full_shard\" or \"hybrid_shard\"";
+            return Err(s.wrong(&taken.at, "resident_units", expected, got, "remove one of the two"));
+        }
+        taken => taken.map_or(0, |taken| taken.value),
+    };
     Ok(Fsdp {
         strategy,
         wrap: s.choice("wrap", Wrap::CHOICES, &[])?.unwrap_or(Wrap::TransformerBlock),
+        resident_units,
         prefetch: s.integer("prefetch", 0..=64)?.map_or(1, |taken| taken.value),
         backend: s.choice("backend", Backend::CHOICES, &[])?.unwrap_or(Backend::Auto),
         device: s.choice("device", Device::CHOICES, &[])?.unwrap_or(Device::Auto),

@@ -10,6 +10,7 @@ const MAY_DIFFER: &[&str] = &[
     "training.on_nonfinite",
     "fsdp.strategy",
     "fsdp.shard_size",
+    "fsdp.resident_units",
     "fsdp.prefetch",
     "fsdp.backend",
     "fsdp.device",

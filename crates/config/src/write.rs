@@ -37,6 +37,9 @@ impl JobConfig {
             add("fsdp", "shard_size", integer(size));
         }
         add("fsdp", "wrap", self.fsdp.wrap.name().into());
+        if self.fsdp.resident_units > 0 {
+            add("fsdp", "resident_units", integer(self.fsdp.resident_units));
+        }
         add("fsdp", "prefetch", integer(self.fsdp.prefetch));
         add("fsdp", "backend", self.fsdp.backend.name().into());
         add("fsdp", "device", self.fsdp.device.name().into());

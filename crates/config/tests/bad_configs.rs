@@ -160,9 +160,10 @@ const CASES: &[Case] = &[
     case(END, "[[precision.override]]\nmatch = \"*\"\nparm = \"fp32\"", "job.toml:12:1: [precision.override] parm: ", "did you mean param?"),
     case(END, "[[precision.override]]\nmatch = \"*\"\nparam = \"fp8\"", "job.toml:12:9: [precision.override] param: ", "got the string \"fp8\""),
     // Not built yet.
-    case(END, "[fsdp]\nstrategy = \"shard_grad_op\"", "job.toml:11:12: [fsdp] strategy: ", "\"shard_grad_op\", which is not built yet; use \"full_shard\""),
-    case(END, "[fsdp]\nstrategy = \"no_shard\"", "job.toml:11:12: [fsdp] strategy: ", "not built yet"),
-    case(END, "[fsdp]\nstrategy = \"no_shard\"", "job.toml:11:12: [fsdp] strategy: ", "\"no_shard\", which is not built yet; use \"full_shard\" or \"hybrid_shard\""),
+    case(END, "[activation_checkpointing]\nmode = \"selective\"", "job.toml:11:8: [activation_checkpointing] mode: ", "\"selective\", which is not built yet; use \"full\" or \"none\""),
+    case(END, "[fsdp]\nstrategy = \"ddp\"", "job.toml:11:12: [fsdp] strategy: ", "\"no_shard\""),
+    case(END, "[fsdp]\nstrategy = \"no_shard\"\nresident_units = 2", "job.toml:12:18: [fsdp] resident_units: ", "remove one of the two"),
+    case(END, "[fsdp]\nstrategy = \"no_shard\"\nshard_size = 2", "job.toml:12:14: [fsdp] shard_size: ", "hybrid_shard"),
     case(END, "[fsdp]\nbackend = \"gloo\"", "job.toml:11:11: [fsdp] backend: ", "\"mpi\""),
     case(END, "[fsdp]\ndevice = \"tpu\"", "job.toml:11:10: [fsdp] device: ", "\"cuda\""),
     case(END, "[fsdp]\noffload = true", "job.toml:11:11: [fsdp] offload: ", "\"optimizer\""),
@@ -218,7 +219,11 @@ fn a_flag_that_is_wrong_is_named_as_it_was_typed() {
         ("training.steps=many", "--set training.steps=many: [training] steps: ", "got the string \"many\""),
         ("training.steps=0", "--set training.steps=0: [training] steps: ", "got the integer 0"),
         ("optimizer.betas=[1]", "--set optimizer.betas=[1]: [optimizer] betas: ", "got the integer 1"),
-        ("fsdp.strategy=no_shard", "--set fsdp.strategy=no_shard: [fsdp] strategy: ", "not built yet"),
+        (
+            "activation_checkpointing.mode=selective",
+            "--set activation_checkpointing.mode=selective: [activation_checkpointing] mode: ",
+            "not built yet",
+        ),
     ] {
         let error = load(BASE.join("\n").as_bytes(), &[set]).unwrap_err();
         let got = message(&error);

@@ -103,6 +103,7 @@ fn a_minimal_config_gets_the_defaults_of_the_interface() {
         fsdp: Fsdp {
             strategy: Strategy::FullShard,
             wrap: Wrap::TransformerBlock,
+            resident_units: 0,
             prefetch: 1,
             backend: Backend::Auto,
             device: Device::Auto,

@@ -22,8 +22,11 @@ impl Plan {
             num_replicas: world_size / num_shards,
             strategy: match config.fsdp.strategy {
                 fsdp_config::Strategy::FullShard => Strategy::FullShard,
+                fsdp_config::Strategy::ShardGradOp => Strategy::ShardGradOp,
+                fsdp_config::Strategy::NoShard => Strategy::NoShard,
                 fsdp_config::Strategy::HybridShard => Strategy::HybridShard,
             },
+            resident_units: config.fsdp.resident_units as usize,
             prefetch: config.fsdp.prefetch as usize,
             recompute: config.activation_checkpointing.mode == Recompute::Full,
             accumulation: config.num_microbatches(world_size as u64)? as usize,

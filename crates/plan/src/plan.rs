@@ -17,6 +17,8 @@ pub struct PlanInput {
     /// Groups of so many ranks; above 1 with `hybrid_shard` and `no_shard` only.
     pub num_replicas: usize,
     pub strategy: Strategy,
+    /// So many first blocks have a slot each and stay unsharded from forward to backward, whatever the strategy.
+    pub resident_units: usize,
     pub prefetch: usize,
     pub recompute: bool,
     pub accumulation: usize,
@@ -66,7 +68,12 @@ impl Plan {
         let units = units(&arch);
         let layouts: Vec<_> = units.iter().map(|u| UnitLayout::new(u, input.num_shards, &dtypes)).collect();
         let tied = arch.tie_word_embeddings;
-        let slots = SlotMap::new(&layouts, input.strategy, input.prefetch, tied);
+        let slots = SlotMap::new(
+            &layouts,
+            input.strategy.num_resident(input.resident_units, arch.num_layers),
+            input.prefetch,
+            tied,
+        );
         let program = ProgramInput {
             num_units: units.len(),
             tied,

@@ -10,7 +10,7 @@ use crate::{UnitId, UnitLayout};
 /// How parameters are sharded; the slot map follows from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Strategy {
-    /// Parameters, gradients and optimizer state sharded; blocks share `1 + prefetch` slots.
+    /// Parameters, gradients and optimizer state sharded; blocks that are not resident share `1 + prefetch` slots.
     FullShard,
     /// Parameters stay unsharded from forward to backward: a slot for each block.
     ShardGradOp,
@@ -24,6 +24,14 @@ impl Strategy {
     /// Gradients are also all-reduced across replicas.
     pub fn has_replicas(self) -> bool {
         matches!(self, Strategy::HybridShard | Strategy::NoShard)
+    }
+
+    /// How many of `num_blocks` blocks have a slot of their own where `resident_units` are asked for.
+    pub fn num_resident(self, resident_units: usize, num_blocks: usize) -> usize {
+        match self {
+            Strategy::FullShard | Strategy::HybridShard => resident_units.min(num_blocks),
+            Strategy::ShardGradOp | Strategy::NoShard => num_blocks,
+        }
     }
 }
 
@@ -42,13 +50,15 @@ pub struct SlotMap {
 }
 
 impl SlotMap {
-    /// `layouts` in unit order: embedding, blocks, head.
-    pub fn new(layouts: &[UnitLayout], strategy: Strategy, prefetch: usize, tied: bool) -> Self {
+    /// `layouts` in unit order: embedding, blocks, head. The first `num_resident` blocks have a slot each, the others
+    /// share `1 + prefetch`: of those the last ones stay in their slots at the turn anyway.
+    ///
+    /// # Panics
+    /// If there are not so many blocks.
+    pub fn new(layouts: &[UnitLayout], num_resident: usize, prefetch: usize, tied: bool) -> Self {
         let num_blocks = layouts.len() - 2;
-        let num_block_slots = match strategy {
-            Strategy::FullShard | Strategy::HybridShard => num_blocks.min(1 + prefetch),
-            Strategy::ShardGradOp | Strategy::NoShard => num_blocks,
-        };
+        let num_shared_slots = (num_blocks - num_resident).min(1 + prefetch);
+        let num_block_slots = num_resident + num_shared_slots;
         let num_block_grads = num_blocks.min(NUM_BLOCK_GRAD_BUFFERS);
         let num_ends = if tied { 2 } else { 1 };
         let mut map = SlotMap {
@@ -61,7 +71,8 @@ impl SlotMap {
         for (unit, layout) in layouts.iter().enumerate() {
             let end = if unit == 0 { 0 } else { num_ends - 1 };
             let (slot, grad) = match is_block(unit, layouts.len()) {
-                Some(block) => (block % num_block_slots, block % num_block_grads),
+                Some(block) if block < num_resident => (block, block % num_block_grads),
+                Some(block) => (num_resident + (block - num_resident) % num_shared_slots, block % num_block_grads),
                 None => (num_block_slots + end, num_block_grads + end),
             };
             map.slot_bytes[slot] = map.slot_bytes[slot].max(layout.slot_bytes);

@@ -319,6 +319,7 @@ fn the_largest_accepted_sizes_are_planned_without_overflow() {
         num_shards: 1,
         num_replicas: 1,
         strategy: Strategy::NoShard,
+        resident_units: 0,
         prefetch: 64,
         recompute: false,
         accumulation: 1,

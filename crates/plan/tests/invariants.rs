@@ -16,6 +16,7 @@ const STRATEGIES: [Strategy; 4] =
 #[derive(Debug, Clone, Copy)]
 struct Case {
     strategy: Strategy,
+    resident_units: usize,
     num_blocks: usize,
     prefetch: usize,
     accumulation: usize,
@@ -34,6 +35,7 @@ impl Case {
             num_shards: if self.strategy == Strategy::NoShard { 1 } else { 2 },
             num_replicas: self.num_replicas(),
             strategy: self.strategy,
+            resident_units: self.resident_units,
             prefetch: self.prefetch,
             recompute: self.recompute,
             accumulation: self.accumulation,
@@ -80,19 +82,27 @@ impl Case {
             .collect()
     }
 
-    /// Blocks that may hold parameters at once.
-    fn max_live_blocks(&self) -> usize {
+    fn num_resident(&self) -> usize {
         match self.strategy {
-            Strategy::FullShard | Strategy::HybridShard => self.num_blocks.min(1 + self.prefetch),
+            Strategy::FullShard | Strategy::HybridShard => self.num_blocks.min(self.resident_units),
             Strategy::ShardGradOp | Strategy::NoShard => self.num_blocks,
         }
     }
 
-    /// At each of the 2m - 1 turns (loss, and from one microbatch to the next) as many blocks stay as there are slots.
-    /// Untied ends share a slot, so each comes once a microbatch; tied ones have a slot each and come once.
+    /// Blocks that may hold parameters at once.
+    fn max_live_blocks(&self) -> usize {
+        let num_resident = self.num_resident();
+        num_resident + (self.num_blocks - num_resident).min(1 + self.prefetch)
+    }
+
+    /// Resident blocks come once. Of the others as many as there are slots stay at each of the 2m - 1 turns (loss, and
+    /// from one microbatch to the next). Untied ends share a slot, so each comes once a microbatch; tied ones have a slot
+    /// each and come once.
     fn num_all_gathers(&self) -> usize {
-        let (m, slots) = (self.accumulation, self.max_live_blocks());
-        2 * m * self.num_blocks - (2 * m - 1) * slots + if self.tied { 2 } else { 2 * m }
+        let (m, resident) = (self.accumulation, self.num_resident());
+        let slots = self.max_live_blocks() - resident;
+        let ends = if self.tied { 2 } else { 2 * m };
+        resident + 2 * m * (self.num_blocks - resident) - (2 * m - 1) * slots + ends
     }
 }
 
@@ -259,7 +269,17 @@ fn every_small_job_keeps_the_rules() {
             for prefetch in 0..=4 {
                 for accumulation in 1..=3 {
                     for (tied, recompute) in [(false, false), (false, true), (true, false), (true, true)] {
-                        check(Case { strategy, num_blocks, prefetch, accumulation, tied, recompute });
+                        for resident_units in [0, 1, 2, 5, 20] {
+                            check(Case {
+                                strategy,
+                                resident_units,
+                                num_blocks,
+                                prefetch,
+                                accumulation,
+                                tied,
+                                recompute,
+                            });
+                        }
                     }
                 }
             }
@@ -273,12 +293,13 @@ proptest! {
     #[test]
     fn any_job_keeps_the_rules(
         strategy in prop::sample::select(&STRATEGIES[..]),
+        resident_units in 0..100usize,
         num_blocks in 1..100usize,
         prefetch in 0..=64usize,
         accumulation in 1..=8usize,
         tied: bool,
         recompute: bool,
     ) {
-        check(Case { strategy, num_blocks, prefetch, accumulation, tied, recompute });
+        check(Case { strategy, resident_units, num_blocks, prefetch, accumulation, tied, recompute });
     }
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use common::small_llama;
 use fsdp_plan::layout::ALIGN;
 use fsdp_plan::units::units;
-use fsdp_plan::{Architecture, Dtype, Group, SlotMap, Strategy, UnitLayout};
+use fsdp_plan::{Architecture, Dtype, Group, SlotMap, UnitLayout};
 use proptest::prelude::*;
 
 const DTYPES: [(Dtype, Dtype); 4] =
@@ -154,14 +154,10 @@ proptest! {
             for (unit, layout) in units.iter().zip(&layouts) {
                 check_unit(layout, unit.params.len(), world_size);
             }
-            for (strategy, slots) in [
-                (Strategy::FullShard, arch.num_layers.min(1 + prefetch)),
-                (Strategy::HybridShard, arch.num_layers.min(1 + prefetch)),
-                (Strategy::ShardGradOp, arch.num_layers),
-                (Strategy::NoShard, arch.num_layers),
-            ] {
-                let map = SlotMap::new(&layouts, strategy, prefetch, arch.tie_word_embeddings);
-                prop_assert_eq!(map.num_block_slots, slots);
+            for num_resident in 0..=arch.num_layers {
+                let map = SlotMap::new(&layouts, num_resident, prefetch, arch.tie_word_embeddings);
+                let num_shared = (arch.num_layers - num_resident).min(1 + prefetch);
+                prop_assert_eq!(map.num_block_slots, num_resident + num_shared);
                 check_slots(&map, &layouts, arch.tie_word_embeddings);
             }
         }

@@ -13,6 +13,7 @@ const INPUT: PlanInput = PlanInput {
     num_shards: 2,
     num_replicas: 1,
     strategy: Strategy::FullShard,
+    resident_units: 0,
     prefetch: 1,
     recompute: true,
     accumulation: 1,

@@ -88,7 +88,7 @@ const CASES: &[Case] = &[
         &["valid.jsonl:1", "99"]),
     ("unwritable output", nothing, &["--set", "output.dir=/proc/nowhere/out"], &["[output] dir", "/proc/nowhere/out"]),
     ("output below a file", nothing, &["--set", "output.dir=train.jsonl/out"], &["[output] dir", "train.jsonl"]),
-    ("a feature not built yet", nothing, &["--set", "fsdp.strategy=no_shard"], &["[fsdp] strategy", "no_shard", "not built yet", "full_shard"]),
+    ("a feature not built yet", nothing, &["--set", "activation_checkpointing.mode=selective"], &["[activation_checkpointing] mode", "selective", "not built yet", "full"]),
     ("no GPU", nothing, &["--backend", "nccl"], &["--backend", "nccl", "an NVIDIA GPU", "got none"]),
     ("global batch does not divide", nothing, &["--set", "training.global_batch_size=6"], &["global_batch_size", "2 x 2", "6"]),
     ("unknown flag", nothing, &["--gpus", "2"], &["--gpus"]),

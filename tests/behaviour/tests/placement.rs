@@ -34,6 +34,32 @@ fn replicas_of_shards_train_save_and_resume_as_one() {
 }
 
 #[test]
+fn every_strategy_trains_as_one_process_does() {
+    let alone = Job::new();
+    alone.finish(1, &[FP32, &["--set", "training.micro_batch_size=4"]].concat());
+    let mut curves = Vec::new();
+    for (sharding, settings) in [
+        ("over all", &["--set", "fsdp.strategy=full_shard"][..]),
+        ("over all", &["--set", "fsdp.strategy=full_shard", "--set", "fsdp.resident_units=1"]),
+        ("over all", &["--set", "fsdp.strategy=shard_grad_op"]),
+        ("over two", HYBRID),
+        ("over two", &[HYBRID, &["--set", "fsdp.resident_units=1"]].concat()),
+        ("none", &["--set", "fsdp.strategy=no_shard"]),
+        ("none", &["--set", "fsdp.strategy=hybrid_shard", "--set", "fsdp.shard_size=1"]),
+    ] {
+        let job = Job::new();
+        job.finish(4, &[FP32, &["--set", "training.micro_batch_size=1"], settings].concat());
+        job.assert_losses_of(&alone);
+        curves.push((sharding, job.curve(), job.exported(), settings.join(" ")));
+    }
+    // Where the same ranks add in the same order, no bit differs.
+    for pair in curves.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
+        assert_eq!(pair[0].1, pair[1].1, "{} and {}", pair[0].3, pair[1].3);
+        assert!(pair[0].2 == pair[1].2, "the exported models of {} and {} differ", pair[0].3, pair[1].3);
+    }
+}
+
+#[test]
 fn offloaded_state_gives_the_same_bits_and_may_change_at_a_resume() {
     let plain = Job::new();
     plain.finish(2, &[]);

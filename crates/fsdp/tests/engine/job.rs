@@ -28,6 +28,7 @@ pub struct Job {
     pub num_replicas: usize,
     /// The strategy that allows for replicas, also where there is one.
     pub is_hybrid: bool,
+    pub resident_units: usize,
     pub offload: Offload,
     pub lr: f64,
 }
@@ -67,6 +68,7 @@ impl Job {
             accumulation: 1,
             num_replicas: 1,
             is_hybrid: false,
+            resident_units: 0,
             offload: Offload::None,
             lr: 1e-2,
         }
@@ -82,6 +84,7 @@ impl Job {
             num_shards: world.size / self.num_replicas,
             num_replicas: self.num_replicas,
             strategy: if self.num_replicas > 1 || self.is_hybrid { Strategy::HybridShard } else { Strategy::FullShard },
+            resident_units: self.resident_units,
             prefetch: self.prefetch,
             recompute: self.recompute,
             accumulation: self.accumulation,

@@ -58,7 +58,7 @@ pub fn rank_large(world: &mut World) {
     report(job.step(world, &mut engine, 0).grad_norm);
 }
 
-/// A rerun, recompute, prefetch and interleaved validation change no bit.
+/// A rerun, recompute, prefetch, resident blocks and interleaved validation change no bit.
 #[test]
 fn what_must_not_matter_changes_no_bit() {
     (1..=3).for_each(|world_size| drop(run("same bits", world_size)));
@@ -77,6 +77,9 @@ pub fn rank_same_bits(world: &mut World) {
                 ("no prefetch", Job { prefetch: 0, ..job }),
                 ("no prefetch, no recompute", Job { prefetch: 0, recompute: false, ..job }),
                 ("prefetch of everything", Job { prefetch: 9, ..job }),
+                ("one resident block", Job { resident_units: 1, ..job }),
+                ("one resident block, no prefetch", Job { resident_units: 1, prefetch: 0, ..job }),
+                ("only resident blocks", Job { resident_units: 9, ..job }),
             ] {
                 assert_eq!(other.train(world, STEPS), first, "{what}");
             }

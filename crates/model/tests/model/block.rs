@@ -73,6 +73,7 @@ impl Fixture {
             num_shards: 1,
             num_replicas: 1,
             strategy: Strategy::FullShard,
+            resident_units: 0,
             prefetch: 1,
             recompute: true,
             accumulation: 1,

@@ -1,30 +1,44 @@
-"""The peer of bench.sh: a Hugging Face Llama under PyTorch FSDP2 + Gloo on CPU ranks, started by torchrun.
+"""The peer of bench.sh: a Hugging Face Llama under PyTorch FSDP2 or DDP + Gloo on CPU ranks, started by torchrun.
 
     torchrun --nproc-per-node 2 fsdp2_cpu.py MODEL_DIR DATA --steps N --batch B
 
-bf16 parameters, fp32 reduction, every block recomputed, fused AdamW on fp32 shards, gradient norm cut to 1. Rank 0
+bf16 parameters, fp32 reduction, every block recomputed, fused AdamW on fp32 shards, gradient norm cut to 1; DDP computes
+in bf16 by autocast. With --meta FSDP2 shards before there are values, so that no rank ever holds the whole model. Rank 0
 prints a JSON line at the end of each step (loss, seconds since the end of the last step), then one with the peak RSS.
 """
-import argparse, json, os, resource, time
+import argparse, contextlib, json, os, resource, time
 
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-def build(model_dir):
+def build(model_dir, strategy, meta):
     config = AutoConfig.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    meta = meta and strategy == "fsdp2"
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     model.config.use_cache = False
     block = type(model.model.layers[0])
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block))
+    if strategy == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     mesh = torch.distributed.init_device_mesh("cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    model = fully_shard(model, mesh=mesh, mp_policy=policy)
+    if meta:
+        model.to_empty(device="cpu")
+        for name, param in model.named_parameters():
+            torch.nn.init.ones_(param) if "norm" in name else torch.nn.init.normal_(param, std=0.02)
+        rotary = model.model.rotary_emb
+        rotary.inv_freq.copy_(1.0 / config.rope_parameters["rope_theta"] ** (
+            torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim))
+    return model
 
 
 def main():
@@ -33,13 +47,15 @@ def main():
     parser.add_argument("data")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True, help="sequences a rank")
+    parser.add_argument("--strategy", choices=["fsdp2", "ddp"], default="fsdp2")
+    parser.add_argument("--meta", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
 
-    model = build(args.model_dir)
+    model = build(args.model_dir, args.strategy, args.meta)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     with open(args.data) as lines:
         sequences = torch.tensor([json.loads(line)["input_ids"] for line in lines])
@@ -48,7 +64,8 @@ def main():
     for step in range(args.steps):
         start = (step * world + rank) * args.batch
         x = sequences[start:start + args.batch]
-        loss = model(input_ids=x, labels=x).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.strategy == "ddp"):
+            loss = model(input_ids=x, labels=x).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

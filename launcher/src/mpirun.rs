@@ -201,12 +201,14 @@ pub fn failures(ranks: &MpirunRanks, log_dir: &Path, said: &[String], end: End) 
     }
     unpublished.sort_by_key(|record| record.t_wall_ns);
     records.append(&mut unpublished);
-    // Where the first one to speak has waited in vain, ranks that are gone without a word were killed for it: mpirun does
-    // that at once, so that the store may notice their ends before the first one's.
-    let first_words = records.iter().find(|record| record.kind != ErrorKind::Signal);
+    // Where the first one to speak has waited in vain, ranks that are gone without a word were killed for it, and others
+    // have lost it: that happens at once, so that the store may notice their ends before the first one's.
+    let says_much = |record: &&ErrorRecord| !matches!(record.kind, ErrorKind::Signal | ErrorKind::PeerLost);
+    let first_words = records.iter().find(says_much);
     let is_hang = first_words.is_some_and(|record| record.kind == ErrorKind::CollectiveTimeout);
     if is_hang {
         records.iter_mut().filter(|record| record.kind == ErrorKind::Signal).for_each(|record| record.primary = false);
+        records.sort_by_key(|record| record.kind == ErrorKind::Signal);
     }
 
     let mut reported = reported_failure(said);

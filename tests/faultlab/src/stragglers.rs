@@ -45,12 +45,17 @@ fn warnings(ended: &Ended) -> Vec<&str> {
     ended.stderr.lines().filter(|line| line.contains(" is slow: ")).collect()
 }
 
-/// The culprit alone is named after it has become slow. Before that another program may have made a rank slow.
+/// Those that came after the culprit had become slow. Before that another program may have made a rank slow.
+fn warnings_when_slow(ended: &Ended) -> Vec<&str> {
+    let step = |line: &str| line.strip_prefix("step ")?.split(':').next()?.parse::<u64>().ok();
+    warnings(ended).into_iter().filter(|line| step(line) > Some(SLOW_FROM)).collect()
+}
+
+/// The culprit alone is named.
 #[track_caller]
 fn assert_warned(ended: &Ended, culprit: usize) {
     assert_eq!(ended.status, 0, "{ended:?}");
-    let step = |line: &str| line.strip_prefix("step ")?.split(':').next()?.parse::<u64>().ok();
-    let warnings: Vec<&str> = warnings(ended).into_iter().filter(|line| step(line) > Some(SLOW_FROM)).collect();
+    let warnings = warnings_when_slow(ended);
     assert!(!warnings.is_empty(), "no warning in {ended:?}");
     for line in warnings {
         assert!(line.contains(&format!("rank {culprit} is slow: ")), "{line}");
@@ -70,8 +75,21 @@ fn sleeps(culprit: usize) {
     assert_warned(&ended, culprit);
 }
 
-/// The culprit is stopped for more than half of the time from some step on. A rank for each core, and they compute.
+/// The culprit is stopped for more than half of the time from some step on. A rank for each core, and they compute: where
+/// other programs take the cores, the other rank is as slow, and the run tells nothing.
 fn pauses(culprit: usize) {
+    const TRIES: usize = 4;
+    for _ in 1..TRIES {
+        let ended = run_with_pauses(culprit);
+        if !warnings_when_slow(&ended).is_empty() {
+            return assert_warned(&ended, culprit);
+        }
+        eprintln!("faultlab: rank {culprit} was not noticed on a machine that may be busy; once more");
+    }
+    assert_warned(&run_with_pauses(culprit), culprit);
+}
+
+fn run_with_pauses(culprit: usize) -> Ended {
     let job = Job::new();
     for (from, to) in LARGER {
         job.replace("model/config.json", from, to);
@@ -96,7 +114,8 @@ fn pauses(culprit: usize) {
         is_over.store(true, Ordering::Relaxed);
         ended
     });
-    assert_warned(&ended, culprit);
+    assert_eq!(ended.status, 0, "{ended:?}");
+    ended
 }
 
 /// No rank is slow: that a busy machine delays one now and then is no reason to warn.

@@ -5,6 +5,7 @@
 //! - `cli`: what was typed
 //! - `place`: how many nodes there are and which one this is, from flags or SLURM
 //! - `preflight`, `backend`: config, devices, model files, data and output folder, checked before any rank starts
+//! - `hub`, `download`: a model's name on the Hugging Face Hub, the snapshot that it means; its files
 //! - `launch`: from there to the start of the ranks
 //! - `nodes`, `meeting`, `link`, `differences`: the launchers of other nodes: how they come together, messages, whose
 //!   config differs
@@ -40,12 +41,14 @@ mod attempts;
 mod backend;
 mod cli;
 mod differences;
+mod download;
 mod ends;
 mod export_command;
 mod failure;
 mod folder;
 mod guard;
 mod history;
+mod hub;
 mod inspect_command;
 mod launch;
 mod link;

@@ -8,11 +8,13 @@ use serde_json::{Value, json};
 
 use crate::cli::PlanArgs;
 use crate::failure::Failure;
+use crate::hub::{self, Wanted};
 use crate::preflight;
 
 /// Prints the plan as text or as JSON.
 pub fn plan(args: &PlanArgs) -> Result<ExitStatus, Failure> {
-    let config = preflight::load_config(&args.job)?;
+    let mut config = preflight::load_config(&args.job)?;
+    hub::resolve(&mut config, Wanted::Config)?;
     let arch = preflight::load_architecture(&config)?;
     let plan =
         Plan::for_job(&config, arch, args.job.nproc * args.nnodes, args.job.nproc).map_err(Failure::bad_input)?;

@@ -15,6 +15,7 @@ use rustix::fs::Access;
 use crate::backend;
 use crate::cli::{BackendArg, JobArgs};
 use crate::failure::Failure;
+use crate::hub::{self, Wanted};
 use crate::mpirun::Mpirun;
 use crate::worker;
 
@@ -57,6 +58,7 @@ pub fn preflight(job: &JobArgs, num_nodes: usize) -> Result<Checked, Failure> {
         worker::check_mpi()?;
         facts.push(("mpirun", mpirun.to_string()));
     }
+    hub::resolve(&mut config, Wanted::Everything)?;
     let arch = load_architecture(&config)?;
     let units = units::units(&arch);
     facts.push(("model", describe_model(&config, &arch, &units)));
@@ -111,13 +113,10 @@ pub fn load_config(job: &JobArgs) -> Result<JobConfig, Failure> {
 pub fn load_architecture(config: &JobConfig) -> Result<Architecture, Failure> {
     let folder = Path::new(&config.model.path);
     if !folder.is_dir() {
-        let hub = match folder.exists() {
-            true => "a file",
-            false if is_hub_id(&config.model.path) => "no such folder (names on a model hub are not built yet)",
-            false => "no such folder",
-        };
+        let found = if folder.exists() { "a file" } else { "no such folder" };
         return Err(Failure::bad_input(format!(
-            "[model] path: expected a folder with config.json, got {:?}: {hub}; download the model and give its folder",
+            "[model] path: expected a folder with config.json, or org/name on the Hugging Face Hub, got {:?}: {found}; \
+             correct it",
             config.model.path
         )));
     }
@@ -131,12 +130,6 @@ pub fn load_architecture(config: &JobConfig) -> Result<Architecture, Failure> {
         )));
     }
     Ok(arch)
-}
-
-/// `owner/name`, as model hubs have it.
-fn is_hub_id(path: &str) -> bool {
-    let is_name = |part: &str| !part.is_empty() && !part.starts_with(['.', '~']);
-    path.split_once('/').is_some_and(|(owner, name)| is_name(owner) && is_name(name) && !name.contains('/'))
 }
 
 fn describe_model(config: &JobConfig, arch: &Architecture, units: &[Unit]) -> String {
@@ -270,24 +263,4 @@ fn check_saved_config(checkpoint: &Path, config: &JobConfig, num_ranks: usize) -
         let lines: Vec<String> = differences.iter().map(ToString::to_string).collect();
         Failure::bad_input(format!("cannot continue {}: {}", checkpoint.display(), lines.join("\n  ")))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hub_ids_have_one_slash_between_two_names() {
-        for (path, expected) in [
-            ("meta-llama/Llama-3.2-1B", true),
-            ("models", false),
-            ("./models/tiny", false),
-            ("../tiny", false),
-            ("~/tiny", false),
-            ("/models", false),
-            ("a/b/c", false),
-        ] {
-            assert_eq!(is_hub_id(path), expected, "{path}");
-        }
-    }
 }

@@ -48,7 +48,6 @@ const CASES: &[Case] = &[
     ("flag", nothing, &["--nprocs", "2"], &["--nprocs"]),
     ("global batch", nothing, &["--set", "training.global_batch_size=3"], &["micro_batch_size x ranks = 1 x 2 = 2, got 3"]),
     ("no model", nothing, &["--set", "model.path=models/none/here"], &["[model] path", "models/none/here", "no such folder"]),
-    ("hub id", nothing, &["--set", "model.path=meta-llama/Llama-3.2-1B"], &["[model] path", "hub are not built yet"]),
     ("model is a file", nothing, &["--set", "model.path=data.jsonl"], &["[model] path", "a file"]),
     ("no config.json", |job| std::fs::remove_file(job.path("model/config.json")).unwrap(), &[], &["model/config.json"]),
     ("architecture", |job| replace(job, "model/config.json", "LlamaForCausalLM", "GPT2LMHeadModel"), &[],

@@ -116,6 +116,13 @@ impl Trainer {
         tch::set_num_threads(num_threads);
 
         console.phase("opening model and data");
+        if !Path::new(&config.model.path).is_dir() {
+            return Err(TrainError::BadInput(format!(
+                "[model] path: expected a folder, got {:?}; a model of the Hugging Face Hub is downloaded by fsdp-launch: \
+                 start with it, or give the folder that fsdp-launch check prints",
+                config.model.path
+            )));
+        }
         let arch = Architecture::from_config_json(Path::new(&config.model.path))?;
         let vocab_size = arch.vocab_size;
         let dataset = Dataset::open(&DataSpec::for_training(&config, vocab_size))?;

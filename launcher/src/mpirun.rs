@@ -313,6 +313,9 @@ pub fn reported_failure(lines: &[String]) -> Option<RankFailure> {
 
 #[cfg(test)]
 mod tests {
+    use fsdp_control::ExitStatus;
+    use fsdp_control::store::StoreServer;
+
     use super::*;
 
     #[test]
@@ -326,6 +329,37 @@ mod tests {
         ] {
             assert_eq!(flavour(version), expected, "{version}");
         }
+    }
+
+    #[test]
+    fn a_hang_is_told_in_whatever_order_the_store_hears_of_it() {
+        let record = |rank, kind| ErrorRecord::new(rank, rank, kind, "m".to_owned(), ExitStatus::Failed);
+        let (timeout, lost, gone) =
+            (record(0, ErrorKind::CollectiveTimeout), record(1, ErrorKind::PeerLost), record(2, ErrorKind::Signal));
+        let failures_of = |records: &[&ErrorRecord]| {
+            let dir = tempfile::tempdir().unwrap();
+            let server = StoreServer::bind(("127.0.0.1", 0)).unwrap();
+            let store = server.local_addr();
+            let mut own = Store::connect(("127.0.0.1", store.port()), STORE_PATIENCE).unwrap();
+            records.iter().for_each(|record| fsdp_control::failures::publish(&mut own, record).unwrap());
+            let ranks = MpirunRanks { num_ranks: 3, store, started_ns: 0, old_output_bytes: vec![0; 3] };
+            failures(&ranks, dir.path(), &[], End::Exited(1))
+        };
+        for order in [
+            [&timeout, &lost, &gone],
+            [&lost, &timeout, &gone],
+            [&gone, &timeout, &lost],
+            [&gone, &lost, &timeout],
+            [&lost, &gone, &timeout],
+            [&timeout, &gone, &lost],
+        ] {
+            let failures = failures_of(&order);
+            assert!(!failures.iter().any(RankFailure::is_primary), "{order:?}");
+            assert_eq!(failures.last().unwrap().rank, 2, "who was killed for it comes last: {order:?}");
+        }
+        // Nobody has waited in vain: who is gone is the cause.
+        let failures = failures_of(&[&lost, &gone]);
+        assert_eq!(failures.iter().find(|failure| failure.is_primary()).unwrap().rank, 2);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::io::{self, ErrorKind, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fsdp_checkpoint::export::is_side_file;
 use fsdp_checkpoint::hf_folder::parse_index;
 use fsdp_plan::plan::format_bytes;
 use hf_hub::api::RepoInfo;
@@ -18,23 +19,6 @@ use crate::hub::Wanted;
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-
-/// Downloaded where the model has them; so is every `chat_template.*`.
-const SMALL_FILES: &[&str] = &[
-    CONFIG,
-    "added_tokens.json",
-    "generation_config.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-];
 
 /// Waits between attempts that bring no new byte of a file.
 const PAUSES_SECS: [u64; 3] = [1, 2, 4];
@@ -141,10 +125,9 @@ impl Hub {
         }
         let folder = self.cache.repo(self.repo(commit)).pointer_path(commit);
         let files = info.siblings.iter().map(|file| file.rfilename.as_str());
-        let is_template = |name: &str| name.starts_with("chat_template.") && !name.contains('/');
         let is_wanted = |name: &&str| match wanted {
             Wanted::Config => *name == CONFIG,
-            Wanted::Everything => SMALL_FILES.contains(name) || is_template(name),
+            Wanted::Everything => *name == CONFIG || is_side_file(name),
         };
         let mut names: Vec<&str> = files.filter(is_wanted).collect();
         let weights = [SINGLE, INDEX].into_iter().find(|name| has(name));

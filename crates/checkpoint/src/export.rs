@@ -23,8 +23,8 @@ use crate::unique_map::UniqueMap;
 const CONFIG: &str = "config.json";
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-/// Copied as they are where the source has them; so is every `chat_template.*`.
-const COPIED: [&str; 12] = [
+/// See [`is_side_file`].
+const SIDE_FILES: [&str; 12] = [
     "added_tokens.json",
     "generation_config.json",
     "merges.txt",
@@ -38,6 +38,11 @@ const COPIED: [&str; 12] = [
     "vocab.json",
     "vocab.txt",
 ];
+
+/// The file belongs to a model folder besides its config and weights: tokenizer, generation settings, chat templates.
+pub fn is_side_file(name: &str) -> bool {
+    SIDE_FILES.contains(&name) || (name.starts_with("chat_template.") && !name.contains('/'))
+}
 
 /// Which tensor goes where: a pure function of names, shapes and dtype, the same on every rank.
 #[derive(Debug, Clone)]
@@ -286,7 +291,7 @@ fn fill<F: FileSystem>(fs: &F, layout: &ExportLayout, temp_dir: &Path, source_di
         let entry = entry.map_err(CheckpointError::io("list", source_dir))?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if COPIED.contains(&&*name) || name.starts_with("chat_template.") {
+        if is_side_file(&name) {
             let content = std::fs::read(entry.path()).map_err(CheckpointError::io("read", &entry.path()))?;
             durable::write_new(fs, &temp_dir.join(&*name), &content)?;
         }

@@ -71,7 +71,7 @@ fn fsdp(s: &mut Section) -> Result<Fsdp, ConfigError> {
     };
     let resident_units = match s.integer("resident_units", 0..=10_000)? {
         Some(taken) if taken.value > 0 && matches!(strategy, Strategy::ShardGradOp | Strategy::NoShard) => {
-            let got = format!("resident_units with strategy = {:?}, where all units are", strategy.name());
+            let got = format!("resident_units with strategy = {:?}, where all blocks are resident", strategy.name());
             let expected = "strategy = \"full_shard\" or \"hybrid_shard\"";
             return Err(s.wrong(&taken.at, "resident_units", expected, got, "remove one of the two"));
         }

@@ -17,7 +17,8 @@ pub struct PlanInput {
     /// Groups of so many ranks; above 1 with `hybrid_shard` and `no_shard` only.
     pub num_replicas: usize,
     pub strategy: Strategy,
-    /// So many first blocks have a slot each and stay unsharded from forward to backward, whatever the strategy.
+    /// With `full_shard` and `hybrid_shard` so many first blocks (all, if there are fewer) have a slot each and stay
+    /// unsharded from forward to backward; with the others all blocks do.
     pub resident_units: usize,
     pub prefetch: usize,
     pub recompute: bool,

@@ -171,6 +171,15 @@ fn a_wrong_config_is_said_once_and_ends_all_with_status_2() {
 }
 
 #[test]
+fn a_model_of_the_hub_is_left_to_the_launcher() {
+    let job = Job::new();
+    let mut step = Step::start(&job, 2, &["--set", "model.path=org/name"]);
+    assert_eq!(step.wait(), [Some(2); 2], "{}", step.stderr(0));
+    let told = step.stderr(0);
+    assert!(told.contains("[model] path: expected a folder") && told.contains("fsdp-launch check"), "{told}");
+}
+
+#[test]
 fn a_config_that_differs_between_ranks_is_refused_with_both_digests() {
     let job = Job::new();
     job.write("other.toml", job.read("job.toml") + "# another text\n");

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 def build(model_dir, strategy, meta):
     config = AutoConfig.from_pretrained(model_dir)
-    meta = meta and strategy == "fsdp2"
     with torch.device("meta") if meta else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     model.config.use_cache = False
@@ -50,6 +49,8 @@ def main():
     parser.add_argument("--strategy", choices=["fsdp2", "ddp"], default="fsdp2")
     parser.add_argument("--meta", action="store_true")
     args = parser.parse_args()
+    if args.meta and args.strategy != "fsdp2":
+        parser.error("--meta goes with --strategy fsdp2")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo")

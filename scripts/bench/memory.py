@@ -1,7 +1,7 @@
 """The largest Llama that trains within a cap of memory per rank, not sharded and fully sharded; see ../bench_memory.sh.
 
-A model fits if two steps of AdamW on four ranks of one thread each leave the peak RSS of every rank at or under the cap.
-Only the number of blocks varies. The peak grows by the same amount for each, so two small models foretell the largest;
+A model fits if two steps of AdamW on four ranks of one thread each leave the peak RSS of every rank at or under the cap,
+in one of three runs at least: the peer's peak differs from run to run. Only the number of blocks varies. The peak grows by the same amount for each, so two small models foretell the largest;
 that it fits, and that one more block does not, is then found by training both.
 """
 import argparse, json, subprocess, sys, tempfile
@@ -16,8 +16,8 @@ SHAPE = CONFIG | dict(vocab_size=1024)
 METHODS = {
     ("fsdp-launch", "no_shard"): lambda work: ours(work, "no_shard"),
     ("fsdp-launch", "full_shard"): lambda work: ours(work, "full_shard"),
-    ("PyTorch", "DDP"): lambda work: peer(work, "ddp"),
-    ("PyTorch", "FSDP2"): lambda work: peer(work, "fsdp2"),
+    ("PyTorch", "DDP"): lambda work: peer(work, "--strategy", "ddp"),
+    ("PyTorch", "FSDP2"): lambda work: peer(work, "--strategy", "fsdp2", "--meta"),
 }
 
 
@@ -34,9 +34,9 @@ def ours(work, strategy):
     return json.loads((work / "out-0/metrics.jsonl").read_text().splitlines()[-1])["peak_memory_bytes"]
 
 
-def peer(work, strategy):
+def peer(work, *strategy):
     script = torchrun("fsdp2_cpu.py", work / "model", work / "train.jsonl", "--steps", STEPS, "--batch", compare.BATCH,
-                      "--strategy", strategy, "--meta")
+                      *strategy)
     return json.loads(output_of(script, work).splitlines()[-1])["peak_memory_bytes"]
 
 
@@ -47,8 +47,18 @@ def output_of(command, work):
         return out.read()
 
 
-def peak(run, layers):
-    """Bytes of the rank with the most."""
+def peak(run, layers, cap):
+    """Bytes of the rank with the most; the least of three runs where the first ones do not fit."""
+    least = None
+    for _ in range(3):
+        bytes = one_peak(run, layers)
+        least = min(least or bytes, bytes)
+        if least <= cap:
+            break
+    return least
+
+
+def one_peak(run, layers):
     with tempfile.TemporaryDirectory(prefix="bench-memory-") as tmp:
         work = Path(tmp)
         compare.CONFIG = SHAPE | dict(num_hidden_layers=layers)
@@ -60,7 +70,7 @@ def peak(run, layers):
 
 def largest(run, cap):
     """The number of blocks that fit while one more does not."""
-    at = {layers: peak(run, layers) for layers in (2, 6)}
+    at = {layers: peak(run, layers, cap) for layers in (2, 6)}
     by_slope = lambda other: int(2 + (cap - at[2]) * (other - 2) / (at[other] - at[2]))
     guess = by_slope(6)
     while True:
@@ -68,7 +78,7 @@ def largest(run, cap):
             sys.exit(f"bench_memory: two blocks take {at[2]} bytes, more than the cap")
         for layers in (guess, guess + 1):
             if layers not in at:
-                at[layers] = peak(run, layers)
+                at[layers] = peak(run, layers, cap)
         if at[guess] <= cap < at[guess + 1]:
             return guess
         # The line through the small models leads near; from there on by steps.
